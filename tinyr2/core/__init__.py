@@ -1,0 +1,1 @@
+"""The cellar: values, configuration, randomness, errors and files. Knows nothing above it."""
