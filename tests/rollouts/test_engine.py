@@ -1,0 +1,71 @@
+import dataclasses
+
+import pytest
+import torch
+from tests.models.test_packed import CLASSES, make
+from tests.rollouts.reference import decode
+
+from tinyr2.models import packed
+from tinyr2.rollouts.engine import decode_all
+from tinyr2.rollouts.request import Request
+from tinyr2.rollouts.sampling import SamplingConfig
+
+PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8), (9, 2, 6, 5, 3, 5, 8), (9, 7), (2,), (3, 1, 4), (9, 2, 6, 5, 3, 5, 8)]
+REQUESTS = [Request(p, seed=100 + i, max_new=6 + 5 * (i % 4)) for i, p in enumerate(PROMPTS)]
+STOP = (4, 11)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("max_rows", [1, 3, 64])
+def test_the_engine_writes_what_the_slow_decoder_writes(name, temperature, max_rows):
+    model = make(name)
+    found = decode_all(model, REQUESTS, SamplingConfig(temperature=temperature), stop=STOP, max_rows=max_rows)
+    for request, answer in zip(REQUESTS, found, strict=True):
+        expected = decode(model, request, temperature, set(STOP))
+        assert answer.response_ids == expected.response_ids
+        assert answer.finish == expected.finish
+        assert answer.logp == pytest.approx(expected.logp, abs=2e-5)
+
+
+def test_both_endings_occur_in_what_is_compared():
+    model = make("qwen3")
+    found = decode_all(model, REQUESTS, SamplingConfig(), stop=STOP)
+    assert {a.finish for a in found} == {"stop", "length"}
+
+
+def test_the_padded_decoder_writes_the_same(monkeypatch):
+    model = make("qwen3")
+    fast = decode_all(model, REQUESTS, SamplingConfig(), stop=STOP)
+    monkeypatch.setattr(packed, "PACKED", frozenset())
+    with pytest.warns(UserWarning, match="slower"):
+        slow = decode_all(model, REQUESTS, SamplingConfig(), stop=STOP, max_rows=3)
+    assert [(a.response_ids, a.finish) for a in slow] == [(a.response_ids, a.finish) for a in fast]
+
+
+def test_a_seed_gives_the_same_text_whatever_it_travels_with():
+    model = make("qwen3")
+    alone = [decode_all(model, [r], SamplingConfig(), stop=STOP)[0] for r in REQUESTS]
+    together = decode_all(model, REQUESTS[::-1], SamplingConfig(), stop=STOP)[::-1]
+    assert [a.response_ids for a in alone] == [a.response_ids for a in together]
+
+
+def test_equal_prompts_with_other_seeds_get_other_answers():
+    model = make("qwen3")
+    requests = [Request((3, 1, 4), seed=s, max_new=12) for s in range(6)]
+    assert len({a.response_ids for a in decode_all(model, requests, SamplingConfig(), stop=())}) == 6
+
+
+def test_a_cropped_vocabulary_is_never_left():
+    model = make("qwen3")
+    requests = [dataclasses.replace(r, max_new=40) for r in REQUESTS]
+    found = decode_all(model, requests, SamplingConfig(temperature=5.0), stop=(), vocab=13)
+    ids = {t for a in found for t in a.response_ids}
+    assert ids == set(range(13))
+
+
+def test_decoding_leaves_the_model_in_its_mode():
+    model = make("qwen3").train()
+    decode_all(model, REQUESTS[:1], SamplingConfig(), stop=STOP)
+    assert model.training
+    assert not any(isinstance(p, torch.Tensor) and p.grad is not None for p in model.parameters())

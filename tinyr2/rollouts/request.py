@@ -1,0 +1,29 @@
+"""What a decoder is asked, and what it answers."""
+
+from dataclasses import dataclass
+
+from tinyr2.core.types import Finish
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to write.
+
+    Request(prompt_ids=(5, 9), seed=4711, max_new=256)
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: int  # of this row's random numbers
+    max_new: int  # tokens, at least 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """n tokens, with the stop token if one was drawn.
+
+    Answer(response_ids=(7, 1), logp=(-0.1, -0.7), finish="stop")
+    """
+
+    response_ids: tuple[int, ...]
+    logp: tuple[float, ...]  # (n,) nats at the sampling temperature, over the whole vocabulary
+    finish: Finish

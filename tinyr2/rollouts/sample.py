@@ -1,0 +1,57 @@
+"""Problems to rollouts: a policy writes n answers to each.
+
+In: problems. Out: rollouts, problem by problem, with tokens, text and the log-prob of every sampled token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tinyr2.core.errors import DataError
+from tinyr2.core.rng import derive
+from tinyr2.core.types import Author, Problem, Rollout
+from tinyr2.rollouts.engine import decode_all
+from tinyr2.rollouts.request import Request
+from tinyr2.rollouts.sampling import SamplingConfig
+from tinyr2.tokens.chat import decode, render_prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A model that writes, with what it needs to read and to stop."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    stop: tuple[int, ...]  # ids that end an answer
+    vocab: int  # ids that exist; a padded vocabulary's tail is never drawn
+    context: int | None  # the most tokens a sequence may have
+    version: int = 0  # optimizer steps behind the weights
+
+
+def sample(policy: Policy, problems: Sequence[Problem], *, n: int, sampling: SamplingConfig, seed: int, step: int = 0,
+           author: Author = "student", max_rows: int = 256) -> list[Rollout]:
+    """n answers to each problem, problem-major; every answer's random numbers follow from
+    (seed, author, step, problem id, place in `problems`, sample)."""
+    prompts = [render_prompt(policy.tokenizer, p.messages) for p in problems]
+    requests = []
+    for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+        room = _room(policy, problem, prompt, sampling.max_completion_length)
+        requests += [Request(prompt, derive(seed, author, step, problem.id, place, i), room) for i in range(n)]
+    answers = decode_all(policy.model, requests, sampling, stop=policy.stop, vocab=policy.vocab, max_rows=max_rows)
+    own = author == "student"
+    return [Rollout(
+        problem=problems[i // n], group=i // n, sample=i % n, author=author, prompt_ids=request.prompt_ids,
+        response_ids=answer.response_ids, actor_logp=answer.logp if own else None, temperature=sampling.temperature,
+        finish=answer.finish, policy_version=policy.version if own else None,
+        text=decode(policy.tokenizer, answer.response_ids),
+    ) for i, (request, answer) in enumerate(zip(requests, answers, strict=True))]
+
+
+def _room(policy: Policy, problem: Problem, prompt: tuple[int, ...], limit: int) -> int:
+    room = limit if policy.context is None else min(limit, policy.context - len(prompt))
+    if room < 1:
+        raise DataError(f"problem {problem.id}: its prompt has {len(prompt)} tokens, the model's context "
+                        f"{policy.context}; drop it, shorten it, or take a model with a longer context")
+    return room

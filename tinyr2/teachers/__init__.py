@@ -1,0 +1,1 @@
+"""Teachers: models that judge what the student wrote, or write themselves."""
