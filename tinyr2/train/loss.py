@@ -1,0 +1,96 @@
+"""What is minimized: a config, and the per-chunk objective that it means for one micro-batch.
+
+In: a batch and the counts of the whole optimizer step. Out: a function from token scores to a scalar, which
+`models.head.run` calls chunk by chunk. Every denominator is a count over the step, so micro-batches add up exactly.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from tinyr2.core.config import Config
+from tinyr2.core.types import Batch, Rollout
+from tinyr2.models.head import TokenScores
+from tinyr2.objectives.divergence import Divergence
+from tinyr2.objectives.policy import sampled_reverse_kl, weighted_nll
+
+Objective = Callable[[TokenScores], Tensor]
+
+
+class LossConfig(Config):
+    """Token-level or sequence-level on-policy distillation, or plain likelihood."""
+
+    level: Literal["token", "sequence"] = "token"
+    divergence: Divergence = Divergence()
+    # token level: the divergence over the full vocabulary, or its policy-gradient form on the sampled token
+    estimator: Literal["full", "sampled"] = "full"
+    # sequence level: reward_weight · L_reward + kl_weight · divergence, kl_weight going linearly to kl_weight_end
+    reward_loss: Literal["reinforce", "weighted_nll"] = "reinforce"
+    reward_weight: float = Field(0.8, ge=0)
+    kl_weight: float = Field(0.2, ge=0)
+    kl_weight_end: float = Field(0.05, ge=0)
+
+    @model_validator(mode="after")
+    def _sampled_is_reverse(self) -> "LossConfig":
+        if self.estimator == "sampled" and self.level == "sequence":
+            raise ValueError("estimator: sampled is a token-level form; with level: sequence leave it at full")
+        if self.estimator == "sampled" and self.divergence.kind != "reverse_kl":
+            raise ValueError("estimator: sampled estimates the reverse KL only; set divergence.kind to reverse_kl or "
+                             "estimator to full")
+        return self
+
+    def kl_weight_at(self, progress: float) -> float:
+        """The weight of the divergence when a share `progress` of the steps is done."""
+        return self.kl_weight + (self.kl_weight_end - self.kl_weight) * progress
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step's losses are divided by: learned tokens, those the student wrote, and sequences."""
+
+    tokens: int
+    student_tokens: int
+    sequences: int
+
+
+def count(rollouts: Sequence[Rollout]) -> Counts:
+    """Counts over all rollouts of one optimizer step."""
+    learned = [len(r.response_ids) if r.learn_mask is None else sum(r.learn_mask) for r in rollouts]
+    own = sum(n for n, r in zip(learned, rollouts, strict=True) if r.author == "student")
+    return Counts(tokens=sum(learned), student_tokens=own, sequences=len(rollouts))
+
+
+def likelihood(counts: Counts) -> Objective:
+    """Supervised fine-tuning: mean negative log-likelihood per learned token."""
+    return lambda s: weighted_nll(s.learner_logp, denom=counts.tokens)
+
+
+def token_distillation(loss: LossConfig, counts: Counts) -> Objective:
+    """Mean divergence per learned token, or its policy-gradient form."""
+    if loss.estimator == "sampled":
+        return lambda s: sampled_reverse_kl(s.learner_logp, s.teacher_logp, denom=counts.tokens)
+    return lambda s: s.divergence.sum() / counts.tokens
+
+
+def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progress: float) -> Objective:
+    """reward_weight · L_reward + kl_weight · mean divergence per token that the student wrote.
+
+    L_reward is a sum over a sequence's tokens and a mean over sequences, so that with on-policy samples its expected
+    gradient is that of −E[reward] (REINFORCE; Williams 1992, with the leave-one-out baseline of Kool et al. 2019).
+    A rollout without a verdict has weight 0 there, and keeps its divergence.
+    """
+    credit = batch.advantage if loss.reward_loss == "reinforce" else batch.reward
+    kl_weight = loss.kl_weight_at(progress)
+
+    def objective(s: TokenScores) -> Tensor:
+        own = batch.on_policy[s.part]
+        total = kl_weight * (s.divergence * own).sum() / max(1, counts.student_tokens)
+        if credit is None:
+            return total
+        return total + loss.reward_weight * weighted_nll(s.learner_logp, credit[s.part].nan_to_num(0.0),
+                                                            denom=counts.sequences)
+
+    return objective

@@ -1,0 +1,66 @@
+"""Numbers of a step, under TRL's names where the meaning is the same.
+
+In: scores and rollouts. Out: a flat mapping of floats; what was not measured is absent, never 0.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean, pstdev, stdev
+
+from tinyr2.core.types import Rollout
+from tinyr2.train.step import Scores
+
+
+def score_metrics(scores: Scores) -> dict[str, float]:
+    """loss, entropy, kl (student‖teacher as the loss reads it, nats per token) and the actor/learner gap."""
+    out = {"loss": scores.loss}
+    if not len(scores.row):
+        return out
+    out["entropy"] = float(scores.entropy.mean())
+    if scores.divergence is not None:
+        out["kl"] = float(scores.divergence.mean())
+    elif scores.teacher_logp is not None:
+        out["kl"] = float((scores.learner_logp - scores.teacher_logp).mean())
+    gap = (scores.learner_logp - scores.actor_logp).abs()
+    gap = gap[~gap.isnan()]
+    if len(gap):
+        out["sampling/sampling_logp_difference/mean"] = float(gap.mean())
+        out["sampling/sampling_logp_difference/max"] = float(gap.max())
+    return out
+
+
+def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths in tokens and the truncated share, of what was sampled."""
+    sampled = [r for r in rollouts if r.author != "dataset"]
+    if not sampled:
+        return {}
+    lengths = [len(r.response_ids) for r in sampled]
+    ended = [len(r.response_ids) for r in sampled if r.finish == "stop"]
+    out = {"completions/mean_length": fmean(lengths), "completions/min_length": float(min(lengths)),
+           "completions/max_length": float(max(lengths)),
+           "completions/clipped_ratio": 1 - len(ended) / len(sampled)}
+    if ended:
+        out["completions/mean_terminated_length"] = fmean(ended)
+    return out
+
+
+def reward_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Rewards, their parts, the share of groups with equal rewards, and the share of rollouts that failed."""
+    out: dict[str, float] = {}
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    if rewards:
+        out |= {"reward": fmean(rewards), "reward_std": stdev(rewards) if len(rewards) > 1 else 0.0}
+        groups = defaultdict(list)
+        for r in rollouts:
+            if r.reward is not None:
+                groups[r.group].append(r.reward)
+        several = [g for g in groups.values() if len(g) > 1]
+        if several:
+            out["frac_reward_zero_std"] = sum(len(set(g)) == 1 for g in several) / len(several)
+    for name in dict.fromkeys(n for r in rollouts for n in r.reward_parts):
+        part = [r.reward_parts[name] for r in rollouts if r.reward_parts.get(name) is not None]
+        if part:
+            out |= {f"rewards/{name}/mean": fmean(part), f"rewards/{name}/std": pstdev(part)}
+    if rollouts:
+        out["rollouts/errored_ratio"] = sum(r.error is not None for r in rollouts) / len(rollouts)
+    return out

@@ -1,0 +1,84 @@
+"""One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tinyr2.core.types import Batch, Rollout
+from tinyr2.data.packing import pack, split
+from tinyr2.models.head import HeadResult, head_of, run
+from tinyr2.models.packed import hidden_states
+from tinyr2.objectives.divergence import Divergence
+from tinyr2.teachers.local import Teacher, consult
+from tinyr2.train.loss import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The model being trained and how its forward runs."""
+
+    model: nn.Module
+    vocab: int
+    tokens_per_micro_batch: int
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the forward saw, detached: one value per learned token, in the order of `rollouts`."""
+
+    rollouts: list[Rollout]  # in the order in which they were packed
+    row: Tensor  # (N,) the rollout of each token
+    learner_logp: Tensor  # (N,) nats
+    entropy: Tensor  # (N,) nats
+    actor_logp: Tensor  # (N,) nats; NaN where no policy of ours sampled the token
+    divergence: Tensor | None  # (N,) nats
+    teacher_logp: Tensor | None  # (N,) nats
+    loss: float
+
+
+def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callable[[Batch], Objective], *,
+               temperature: float = 1.0, divergence: Divergence | None = None,
+               teacher: Teacher | None = None) -> Scores:
+    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch."""
+    head = head_of(learner.model, learner.vocab)
+    device = head.weight.device
+    parts: list[tuple[list[Rollout], Batch, HeadResult]] = []
+    for some in split(rollouts, learner.tokens_per_micro_batch):
+        batch = pack(some, device)
+        with learner.autocast():
+            if teacher is not None:
+                batch = consult(teacher, batch)
+            states = hidden_states(learner.model, batch.tokens, batch.position, batch.lengths)[batch.learn - 1]
+        result = run(states, head, batch.targets, objective(batch), temperature=temperature, divergence=divergence,
+                     teacher_hidden=batch.teacher_hidden, teacher_head=teacher.head if teacher else None)
+        if result.loss.requires_grad:
+            result.loss.backward()
+        parts.append((some, batch, result))
+    return _join(parts)
+
+
+def _join(parts: list[tuple[list[Rollout], Batch, HeadResult]]) -> Scores:
+    rollouts = [r for some, _, _ in parts for r in some]
+    rows, before = [], 0
+    for some, batch, _ in parts:
+        rows.append(batch.row + before)
+        before += len(some)
+    results = [result for _, _, result in parts]
+    return Scores(
+        rollouts=rollouts, row=torch.cat(rows), loss=sum(float(r.loss.detach()) for r in results),
+        learner_logp=torch.cat([r.learner_logp for r in results]), entropy=torch.cat([r.entropy for r in results]),
+        actor_logp=torch.cat([_or_nan(b.actor_logp, r.learner_logp) for _, b, r in parts]),
+        divergence=_cat([r.divergence for r in results]), teacher_logp=_cat([r.teacher_logp for r in results]),
+    )
+
+
+def _or_nan(values: Tensor | None, like: Tensor) -> Tensor:
+    return torch.full_like(like, float("nan")) if values is None else values.to(like)
+
+
+def _cat(values: list[Tensor | None]) -> Tensor | None:
+    return None if any(v is None for v in values) else torch.cat(values)
