@@ -54,6 +54,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def load(model: type[T], path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> T:
     """Read `path` into `model`, with dotted `a.b=value` overrides on top (values are YAML)."""
+    return build(model, read(path, overrides), str(path))
+
+
+def read(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict:
+    """The mapping in `path` with the overrides on top, before any model has judged it."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; examples/ has some to start from")
@@ -62,7 +67,7 @@ def load(model: type[T], path: str | Path, overrides: tuple[str, ...] | list[str
         raw = {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys, this is a {type(raw).__name__}")
-    return build(model, apply(raw, overrides), str(path))
+    return apply(raw, overrides)
 
 
 def apply(raw: dict, overrides: tuple[str, ...] | list[str]) -> dict:

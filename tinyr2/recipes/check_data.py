@@ -1,0 +1,216 @@
+"""The data's part of the check that every training verb runs first.
+
+In: problems and what the run will do with them, a tokenizer, the shortest context. Out: findings. Of many problems only
+a sample is rendered, with the longest ones in it, and the findings say how many were looked at.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from tinyr2.core.errors import DataError
+from tinyr2.core.rng import permutation
+from tinyr2.core.types import Message, Problem
+from tinyr2.recipes.findings import Finding, Part
+from tinyr2.tokens.chat import render_example, render_prompt
+
+SAMPLE, LONGEST = 2000, 100  # problems rendered: all up to SAMPLE, else as many drawn and the longest
+COMPARED = 8  # prompts rendered by both tokenizers
+_SHOWN = 3  # problem ids in a message
+
+
+@dataclass(frozen=True)
+class Window:
+    """The most tokens that a model reads."""
+
+    key: str  # of the model, in the config
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A problem as tokens; `response` is its completion, where that is read."""
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    response: tuple[int, ...] | None
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + len(self.response or ())
+
+
+def check_part(part: Part, tokenizer: PreTrainedTokenizerBase | None, window: Window | None) -> list[Finding]:
+    """Everything about the problems of `part`; without a usable tokenizer, what needs no tokens."""
+    if not part.problems:
+        return []
+    found = [*_check_columns(part), *_check_ids(part)]
+    if tokenizer is None:
+        return found
+    chosen = looked_at(part)
+    rows, rejected = _rendered(part, chosen, tokenizer)
+    seen = f"{len(chosen):,}" if len(chosen) == len(part.problems) else (
+        f"{len(chosen):,} looked at ({len(part.problems):,} in all)")
+    if rejected:
+        problem, error = rejected[0]
+        what, _, cure = str(error).partition("; ")
+        found.append(Finding("fault", f"{part.key}.template", f"{len(rejected):,} of {seen} problems cannot be written "
+                             f"as a chat, the first is {problem.id}: {what}", cure))
+    found += _check_empty(part, rows, seen)
+    found += _check_unknown(part, rows, seen, tokenizer)
+    if window is not None:
+        found += _check_lengths(part, rows, seen, window)
+    if rows and all(f.level == "ok" for f in found):
+        lengths = [len(r.prompt) for r in rows]
+        context = f", the context of the {window.key} {window.tokens:,}" if window else ""
+        found.append(Finding("ok", part.key, f"{seen} problems; prompts of {min(lengths):,} to {max(lengths):,} "
+                             f"tokens{context}"))
+    return found
+
+
+def looked_at(part: Part) -> list[Problem]:
+    """All problems, or of many a derived sample and the longest by characters, in their order."""
+    problems = part.problems
+    if len(problems) <= SAMPLE:
+        return list(problems)
+    longest = heapq.nlargest(LONGEST, range(len(problems)), key=lambda i: _characters(part, problems[i]))
+    drawn = permutation(len(problems), 0, "check", part.key)[:SAMPLE].tolist()
+    return [problems[i] for i in sorted({*longest, *drawn})]
+
+
+def check_prompts_alike(part: Part, student: PreTrainedTokenizerBase,
+                        teacher: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    """Whether the teacher knows prompts in the form that the student's template and tokenizer give them."""
+    for problem in part.problems[:COMPARED]:
+        try:
+            same = render_prompt(student, problem.messages) == render_prompt(teacher, problem.messages)
+        except DataError:  # the student's fault is found elsewhere; a teacher's template is not used
+            return
+        if not same:
+            yield Finding("warn", "teacher.prompts", f"the teacher reads prompts as the student's tokenizer and chat "
+                          f"template write them, not as its own would (first: {problem.id})",
+                          "give both folders one chat_template.jinja, unless the teacher was trained on the student's")
+            return
+
+
+def held_out_overlap(parts: Sequence[Part]) -> Iterator[Finding]:
+    """Whether problems to measure by are problems to learn from."""
+    trained = {_question(p) for p in parts[0].problems}
+    for part in parts[1:]:
+        same = [p for p in part.problems if _question(p) in trained]
+        if same:
+            yield Finding("warn", f"{part.key}.overlap", f"{len(same):,} of {len(part.problems):,} held-out prompts "
+                          f"are also in {parts[0].key} ({_ids(same)}), so the evaluation flatters",
+                          f"take them out of {part.path} or {parts[0].path}")
+
+
+def _check_columns(part: Part) -> Iterator[Finding]:
+    """What the rows must have beside a prompt."""
+    unsolved = [p for p in part.problems if not p.completion]
+    if part.completions == "needed" and unsolved:
+        yield Finding("fault", f"{part.key}.completions", f"{len(unsolved):,} of {len(part.problems):,} problems have "
+                      f"no completion to learn from ({_ids(unsolved)})",
+                      f"fill in the column `completion` of {part.path}, drop these rows, or name the column with "
+                      f"{part.key}.columns={{completion: its_name}}")
+    unanswered = [p for p in part.problems if p.answer is None]
+    if part.needs_answers and unanswered:
+        every = len(unanswered) == len(part.problems)
+        yield Finding("fault" if every else "warn", f"{part.key}.answers", f"{len(unanswered):,} of "
+                      f"{len(part.problems):,} problems have no answer to grade by ({_ids(unanswered)})",
+                      f"fill in the column `answer` of {part.path}, or name the column with "
+                      f"{part.key}.columns={{answer: its_name}}")
+    if part.wanted is not None and part.wanted > len(part.problems):
+        yield Finding("fault", f"{part.key}.size", f"eval.num_problems asks for {part.wanted:,} problems, {part.path} "
+                      f"has {len(part.problems):,}",
+                      f"set eval.num_problems to {len(part.problems)} or less, or to null")
+
+
+def _check_ids(part: Part) -> Iterator[Finding]:
+    twice = [problem_id for problem_id, n in Counter(p.id for p in part.problems).items() if n > 1]
+    if twice:
+        yield Finding("warn", f"{part.key}.ids", f"{len(twice):,} problem ids stand more than once "
+                      f"(first: {', '.join(twice[:_SHOWN])}); rollouts of such problems cannot be told apart",
+                      f"give every row of {part.path} an id of its own")
+
+
+def _rendered(part: Part, problems: Sequence[Problem],
+              tokenizer: PreTrainedTokenizerBase) -> tuple[list[_Row], list[tuple[Problem, DataError]]]:
+    rows, rejected = [], []
+    for problem in problems:
+        try:
+            if problem.completion and part.completions != "ignored":
+                rows.append(_Row(problem, *render_example(tokenizer, problem.messages, problem.completion)))
+            else:
+                rows.append(_Row(problem, render_prompt(tokenizer, problem.messages), None))
+        except DataError as error:
+            rejected.append((problem, error))
+    return rows, rejected
+
+
+def _check_empty(part: Part, rows: Sequence[_Row], seen: str) -> Iterator[Finding]:
+    """Completions of which nothing is left to learn but their end."""
+    empty = [r.problem for r in rows if r.response is not None and len(r.response) <= 1]
+    if empty:
+        yield Finding("fault", f"{part.key}.completions", f"the loss mask is empty: {len(empty):,} of {seen} "
+                      f"completions render to no tokens but their end ({_ids(empty)})",
+                      f"drop these rows of {part.path}, fill in their completions, or mend chat_template.jinja where "
+                      "it leaves them out")
+
+
+def _check_unknown(part: Part, rows: Sequence[_Row], seen: str,
+                   tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return  # GPT-2 names its end of text here, and knows every byte
+    lost = [r.problem for r in rows if unknown in r.prompt or unknown in (r.response or ())]
+    if lost:
+        yield Finding("warn", f"{part.key}.unknown", f"{len(lost):,} of {seen} problems have characters that the "
+                      f"tokenizer does not know; they become {tokenizer.unk_token} ({_ids(lost)})",
+                      f"train the tokenizer on texts like those of {part.path}, or with the alphabet `bytes`")
+
+
+def _check_lengths(part: Part, rows: Sequence[_Row], seen: str, window: Window) -> Iterator[Finding]:
+    """A prompt that leaves no room is a fault, and so is an example that does not fit; a cut answer is a warning."""
+    context = f"the context of the {window.key} ({window.tokens:,} tokens)"
+    full = [r for r in rows if len(r.prompt) >= window.tokens]
+    if full:
+        longest = max(full, key=lambda r: len(r.prompt))
+        yield Finding("fault", f"{part.key}.prompts", f"{len(full):,} of {seen} prompts leave no room for an answer in "
+                      f"{context}; the longest, {longest.problem.id}, has {len(longest.prompt):,} "
+                      f"({_ids([r.problem for r in full])})",
+                      f"drop or shorten these rows of {part.path}, or take a {window.key} with a longer context")
+    over = [r for r in rows if r.size > window.tokens > len(r.prompt)]
+    if over:
+        longest = max(over, key=lambda r: r.size)
+        yield Finding("fault", f"{part.key}.examples", f"{len(over):,} of {seen} examples, prompt and completion, do "
+                      f"not fit {context}; the longest, {longest.problem.id}, has {longest.size:,} "
+                      f"({_ids([r.problem for r in over])})",
+                      f"drop or shorten these rows of {part.path}, or take a {window.key} with a longer context")
+    if part.answer_limit is None:
+        return
+    key, limit = part.answer_limit
+    tight = [r for r in rows if len(r.prompt) < window.tokens < len(r.prompt) + limit]
+    if tight:
+        longest = max(len(r.prompt) for r in tight)
+        consequence = "the teacher would read past" if window.key == "teacher" else "answers will be cut at"
+        yield Finding("warn", f"{part.key}.room", f"{consequence} {context} for {len(tight):,} of {seen} prompts "
+                      f"({_ids([r.problem for r in tight])}): the longest has {longest:,} and {key} is {limit:,}",
+                      f"set {key} to {window.tokens - longest} or less, or take a {window.key} with a longer context")
+
+
+def _question(problem: Problem) -> tuple[Message, ...]:
+    """What makes two prompts one: all turns but the system's, white space aside."""
+    return tuple(Message(m.role, " ".join(m.content.split())) for m in problem.messages if m.role != "system")
+
+
+def _characters(part: Part, problem: Problem) -> int:
+    turns = problem.messages if part.completions == "ignored" else (*problem.messages, *(problem.completion or ()))
+    return sum(len(m.content) for m in turns)
+
+
+def _ids(problems: Sequence[Problem]) -> str:
+    more = f" and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+    return ", ".join(p.id for p in problems[:_SHOWN]) + more

@@ -1,0 +1,245 @@
+"""`tinyr2 quickstart`: a teacher, a student 18 times smaller, and on-policy distillation, from nothing in minutes.
+
+In: a seed and how many minutes. Out: one table of four rows, and the run folders behind it. Each row is what
+`tinyr2 sft` or `tinyr2 distill` does with the config in its folder, in a child process of its own.
+"""
+
+import json
+import multiprocessing
+import resource
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tinyr2.core.config import Config, build
+from tinyr2.core.errors import RunError
+from tinyr2.core.files import write_atomic
+from tinyr2.core.rng import derive
+from tinyr2.core.types import Problem
+from tinyr2.data.problems import DataConfig, load_problems
+from tinyr2.data.tasks import SignedSums, signed_sums
+from tinyr2.eval.suite import EvalConfig, EvalResult, evaluate
+from tinyr2.models.load import ModelConfig, count_parameters, load_model, load_tokenizer, save_model
+from tinyr2.recipes import setup
+from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.sft import SftConfig, sft
+from tinyr2.report.console import Console
+from tinyr2.report.html import write_report
+from tinyr2.report.jsonl import read_jsonl
+from tinyr2.report.table import result_table
+from tinyr2.rewards.grade import RewardConfig, load_reward
+from tinyr2.tokens.build import train_tokenizer
+
+TASK = SignedSums(terms=3, digits=3)
+MARKER = "quickstart.json"
+HELD_OUT, VALIDATION = 1024, 256
+SOLUTIONS = 512  # worked solutions that the student's side owns
+BASE_MINUTES = 3.0  # the steps below are for this many
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3 model's size."""
+
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+
+
+TEACHER = Shape(hidden=104, layers=4, heads=4, ffn=288)
+STUDENT = Shape(hidden=32, layers=2, heads=2, ffn=96)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps each stage takes; three minutes on two cores."""
+
+    teacher: int = 450
+    cold: int = 150
+    opd: int = 250
+
+    def scaled(self, minutes: float) -> "Plan":
+        """The same plan for another budget."""
+        factor = minutes / BASE_MINUTES
+        return Plan(*(max(2, round(n * factor)) for n in (self.teacher, self.cold, self.opd)))
+
+
+def quickstart(console: Console, *, out: Path, seed: int = 0, minutes: float = BASE_MINUTES,
+               overwrite: bool = False) -> dict:
+    """Run all stages and print the table; returns what `--json` prints."""
+    start = time.perf_counter()
+    _claim(out, overwrite)
+    plan = Plan().scaled(minutes)
+    console.note(f"problems, tokenizer and two models with random weights go to {out}")
+    _prepare(out, seed)
+    rows: dict[str, dict] = {}
+    rows["teacher"] = _row(console, out, "teacher", lambda: _teacher(out, seed, plan))
+    rows["student_cold"] = _row(console, out, "student_cold", lambda: _cold(out, seed, plan))
+    rows["student_opd"] = _row(console, out, "student_opd", lambda: _opd(out, seed, plan))
+    steps = _equal_steps(out, rows["student_opd"]["seconds"])
+    rows["student_sft"] = _row(console, out, "student_sft", lambda: _sft(out, seed, steps))
+    verdicts = {name: row.pop("correct") for name, row in rows.items()}
+    write_atomic(out / "verdicts.json", json.dumps(verdicts) + "\n")
+    result = {"rows": rows, "seconds": round(time.perf_counter() - start, 1), "seed": seed}
+    write_atomic(out / MARKER, json.dumps(result, indent=2) + "\n")
+    write_atomic(out / "student_opd" / "result.json", json.dumps(result, indent=2) + "\n")
+    report = write_report(out / "student_opd")
+    console.table(result_table({name: _shown(row) for name, row in rows.items()},
+                               title=f"{TASK.terms}-term signed sums, {HELD_OUT} held-out problems, seed {seed}"))
+    console.note(f"{result['seconds']:.0f} s · report {report}")
+    return result
+
+
+def _claim(out: Path, overwrite: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise RunError(f"{out}: already holds something; --overwrite replaces an earlier quickstart, or give "
+                           "another --out")
+        if not (out / MARKER).is_file():
+            raise RunError(f"{out}: not a quickstart folder (no {MARKER}), so --overwrite will not delete it; give "
+                           "another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / MARKER, "{}\n")
+
+
+def _prepare(out: Path, seed: int) -> None:
+    """Problem files, tokenizer, and two models with random weights."""
+    train = signed_sums(TASK, "train", 30_000 + VALIDATION, seed)
+    solved, validation = train[:-VALIDATION], train[-VALIDATION:]
+    (out / "data").mkdir()
+    _write(out / "data/teacher_solutions.jsonl", solved, solution=True)
+    _write(out / "data/problems.jsonl", solved, solution=False)
+    _write(out / "data/student_solutions.jsonl", solved[:SOLUTIONS], solution=True)
+    _write(out / "data/validation.jsonl", validation, solution=False)
+    _write(out / "data/held_out.jsonl", signed_sums(TASK, "held_out", HELD_OUT, seed), solution=False)
+    texts = [m.content for p in solved[:2000] for m in (*p.messages, *p.completion)]
+    tokenizer = train_tokenizer(texts, vocab_size=32, alphabet="corpus")
+    for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
+        torch.manual_seed(derive(seed, "init", name))
+        save_model(Qwen3ForCausalLM(_qwen3(shape, tokenizer)), tokenizer, out / "init" / name)
+
+
+def _qwen3(shape: Shape, tokenizer) -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads, head_dim=shape.hidden // shape.heads, intermediate_size=shape.ffn,
+        vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
+
+
+def _write(path: Path, problems: Sequence[Problem], *, solution: bool) -> None:
+    lines = []
+    for p in problems:
+        row = {"prompt": [{"role": m.role, "content": m.content} for m in p.messages], "answer": p.answer}
+        if solution:
+            row["completion"] = [{"role": m.role, "content": m.content} for m in p.completion]
+        lines.append(json.dumps(row))
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _settings(seed: int, **more) -> dict:
+    return {"optim": "muon", "seed": seed, "save_steps": 10_000, "warmup_steps": 20, "tokens_per_micro_batch": 65536,
+            "adam_beta2": 0.95} | more
+
+
+def _teacher(out: Path, seed: int, plan: Plan) -> SftConfig:
+    return build(SftConfig, {
+        "model": {"path": str(out / "init/teacher")}, "data": {"path": str(out / "data/teacher_solutions.jsonl")},
+        "examples_per_step": 64, "output_dir": str(out / "teacher"),
+        "train": _settings(seed, learning_rate=4e-3, max_steps=plan.teacher)}, "teacher")
+
+
+def _cold(out: Path, seed: int, plan: Plan) -> SftConfig:
+    return build(SftConfig, {
+        "model": {"path": str(out / "init/student")}, "data": {"path": str(out / "data/student_solutions.jsonl")},
+        "examples_per_step": 64, "output_dir": str(out / "student_cold"),
+        "train": _settings(seed, learning_rate=8e-3, max_steps=plan.cold)}, "student_cold")
+
+
+def _opd(out: Path, seed: int, plan: Plan) -> DistillConfig:
+    return build(DistillConfig, {
+        "student": {"path": str(out / "student_cold/final")}, "teacher": {"path": str(out / "teacher/final")},
+        "data": {"path": str(out / "data/problems.jsonl")}, "output_dir": str(out / "student_opd"),
+        "rollout": {"prompts_per_step": 64, "max_completion_length": 56},
+        "train": _settings(seed, learning_rate=8e-3, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
+
+
+def _sft(out: Path, seed: int, steps: int) -> SftConfig:
+    return build(SftConfig, {
+        "model": {"path": str(out / "student_cold/final")}, "data": {"path": str(out / "data/student_solutions.jsonl")},
+        "eval_data": {"path": str(out / "data/validation.jsonl")}, "rewards": [{"name": "exact_answer"}],
+        "examples_per_step": 64, "output_dir": str(out / "student_sft"), "eval": {"max_completion_length": 56},
+        "train": _settings(seed, learning_rate=8e-3, max_steps=steps, eval_steps=max(1, steps // 8),
+                           load_best_model_at_end=True)}, "student_sft")
+
+
+def _equal_steps(out: Path, seconds: float) -> int:
+    """SFT steps that fit in `seconds`, at the rate that the cold start (same model, data and batch) was measured at."""
+    rate = statistics.median(row["step_s"] for row in read_jsonl(out / "student_cold/timing.jsonl"))
+    return max(8, round(seconds / rate))
+
+
+def _row(console: Console, out: Path, name: str, make: Callable[[], Config]) -> dict:
+    """Train and evaluate one model in a child process; its row of the table."""
+    console.note(f"{name}:")
+    # a server that has imported torch, so that no child pays for it, and that has computed nothing
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(send, make(), str(out), name, console.json_mode))
+    child.start()
+    send.close()
+    try:
+        row = receive.recv()
+    except EOFError:
+        row = None
+    child.join()
+    if row is None:
+        raise RunError(f"quickstart: the stage {name} ended with exit code {child.exitcode}; its output is above")
+    return row
+
+
+def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
+    before = _rss_mib()
+    console = Console(json_mode=json_mode)
+    start = time.perf_counter()
+    outcome = (distill if isinstance(config, DistillConfig) else sft)(config, console)
+    trained = sum(row.get("step_s", 0.0) for row in read_jsonl(Path(outcome["run"]) / "timing.jsonl"))
+    result, total, inner = _measure(Path(outcome["model"]), Path(out) / "data/held_out.jsonl")
+    console.note(f"{name}: pass@1 {result.pass_at[1].value:.3f}, trained {trained:.0f} s of "
+                 f"{time.perf_counter() - start:.0f} s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
+    found = result.pass_at[1]
+    send.send({"params": total, "params_without_embeddings": inner, "pass_at_1": found.value, "low": found.low,
+               "high": found.high, "n": found.n, "tokens_per_s": round(outcome["num_tokens"] / trained),
+               "peak_mib": round(peak - before), "seconds": round(trained, 1), "steps": outcome["step"],
+               "correct": list(result.correct)})
+    send.close()
+
+
+def _measure(model_path: Path, data: Path) -> tuple[EvalResult, int, int]:
+    config = ModelConfig(path=str(model_path))
+    model, tokenizer = load_model(config, torch.device("cpu")), load_tokenizer(config)
+    problems = load_problems(DataConfig(path=str(data)))
+    result = evaluate(setup.policy_of(model, tokenizer, model.config.vocab_size), problems,
+                      [load_reward(RewardConfig(name="exact_answer"))], EvalConfig(max_completion_length=56))
+    return result, *count_parameters(model)
+
+
+def _rss_mib() -> float:
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _shown(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("steps", "params_without_embeddings")}
