@@ -156,14 +156,22 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path, texts):
         run(config(texts / "m", texts))
 
 
-def test_a_trimmed_tokenizer_reads_as_before_and_the_model_has_its_size(tmp_path, texts):
-    big = TokenizerConfig(texts=str(texts), vocab_size=300)
-    make_tokenizer(big).save_pretrained(tmp_path / "big")
-    result = run(config(tmp_path / "m", texts, tokenizer={"path": str(tmp_path / "big"), "texts": str(texts),
-                                                          "vocab_size": 262}))
-    assert result["vocab_size"] == 262
+def test_a_trimmed_tokenizer_reads_as_before_and_the_model_has_its_size(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("reason reason reason reads reads read the these those then than that\n" * 4)
+    make_tokenizer(TokenizerConfig(texts=str(words), vocab_size=280)).save_pretrained(tmp_path / "big")
+    result = run(config(tmp_path / "m", words, tokenizer={"path": str(tmp_path / "big"), "texts": str(words),
+                                                          "vocab_size": 265}))
+    assert result["vocab_size"] == 265
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
-    assert tokenizer.decode(tokenizer("7+8=15 ü")["input_ids"]) == "7+8=15 ü"
+    assert tokenizer.decode(tokenizer("reason, then 7+8=15 ü")["input_ids"]) == "reason, then 7+8=15 ü"
+
+
+def test_texts_that_give_fewer_tokens_than_asked_for_are_said_to(tmp_path, texts):
+    stream = io.StringIO()
+    result = build(config(tmp_path / "m", texts), Console(stream=stream, plain=True))
+    assert result["vocab_size"] < 40
+    assert f"the texts give {result['vocab_size']} of the 40 tokens asked for" in stream.getvalue()
 
 
 def test_a_tokenizer_folder_is_taken_as_it_is(tmp_path, texts):

@@ -204,6 +204,12 @@ def test_a_class_that_cannot_be_packed_is_a_warning_and_one_that_writes_no_text_
     assert "t5 is not a causal language model" in fault.what and "teacher.path" in fault.cure
 
 
+def test_a_config_of_which_no_model_can_be_made_is_a_fault_with_the_reason(sound, tokenizer):
+    odd = config_of(len(tokenizer), hidden_act="zzz", eos_token_id=tokenizer.eos_token_id)
+    fault = only(student(sound, config=odd), "fault", "student.config")
+    assert "config.json: KeyError: 'zzz'" in fault.what and "mend config.json" in fault.cure
+
+
 def test_a_folder_without_safetensors_is_a_fault_that_says_pickles_are_not_read(sound, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     bare = student(sound, source=StudentConfig(path=str(tmp_path)))
@@ -279,7 +285,7 @@ def test_answers_that_a_built_in_reward_needs_are_a_fault_if_all_lack_and_a_warn
 
 def test_problem_ids_that_stand_twice_are_a_warning(sound):
     warning = only(data(sound, problems=[problem(0), problem(1), problem(1, "what is 9 + 9?")]), "warn", "data.ids")
-    assert "1 problem ids" in warning.what and "first: data:1" in warning.what and "data.jsonl" in warning.cure
+    assert "more than once: 1 (first: data:1)" in warning.what and "data.jsonl" in warning.cure
 
 
 def test_held_out_prompts_that_are_trained_on_are_a_warning_whatever_their_system_turn(sound):
@@ -306,7 +312,7 @@ def test_of_many_problems_a_sample_and_the_longest_are_looked_at_and_the_number_
     assert len(chosen) in (21, 22) and chosen == check_data.looked_at(many.parts[0])  # the longest may be drawn too
     assert [p.id for p in chosen] == [p.id for p in rows if p in chosen]
     fault = only(many, "fault", "data.prompts")
-    assert f"1 of {len(chosen)} looked at (300 in all) prompts" in fault.what and "data:123" in fault.what
+    assert f"1 of {len(chosen)} prompts looked at (300 in all)" in fault.what and "data:123" in fault.what
 
 
 # --- device, folder, disk
@@ -367,20 +373,21 @@ def test_the_disk_must_hold_checkpoints_of_weights_and_two_moments_and_the_finis
     long = replace(sound, evaluates=True, train=TrainConfig(max_steps=100, save_steps=10, load_best_model_at_end=True))
     need = 1.2 * 4 * parameters * (3 * 3 + 2)
     monkeypatch.setattr(checks, "free_bytes", lambda path: need + 1)
-    assert f"3 checkpoints of {parameters:,} trained parameters and 2 x" in well(long, "disk")
+    assert f"checkpoints: 3 x {parameters:,} trained parameters" in well(long, "disk")
+    assert f"finished models: 2 x {parameters:,}" in well(long, "disk")
     monkeypatch.setattr(checks, "free_bytes", lambda path: need - 1)
     fault = only(long, "fault", "disk")
     assert "output_dir" in fault.cure and "train.save_total_limit" in fault.cure
     # saved once, nothing to compare: 3 + 1 of 11 parts
     monkeypatch.setattr(checks, "free_bytes", lambda path: need * 4 / 11 + 1)
-    assert f"1 checkpoints of {parameters:,} trained parameters and 1 x" in well(sound, "disk")
+    assert f"finished models: 1 x {parameters:,}" in well(sound, "disk")
 
 
 def test_with_adapters_only_they_are_in_the_checkpoints(sound):
     lora = student(sound, source=StudentConfig(path=sound.student.source.path, lora={"r": 3}))
     # hidden 16, 2 heads of 8, 1 for keys and values, intermediate 16: in + out of q, k, v, o, gate, up, down
     adapters = 3 * (32 + 24 + 24 + 32 + 32 + 32 + 32)
-    assert f"1 checkpoints of {adapters:,} trained parameters" in well(lora, "disk")
+    assert f"checkpoints: 1 x {adapters:,} trained parameters" in well(lora, "disk")
 
 
 def test_a_best_model_without_an_evaluation_is_a_fault_and_a_rhythm_without_one_a_warning(sound):
@@ -393,8 +400,8 @@ def test_a_best_model_without_an_evaluation_is_a_fault_and_a_rhythm_without_one_
 
 
 def test_all_faults_are_raised_at_once_a_line_each_with_its_cure():
-    findings = [Finding("fault", "a", "broken", "mend a"), Finding("warn", "b", "odd", "look"), Finding("ok", "c", "fine"),
-                Finding("fault", "d", "gone", "find d")]
+    findings = [Finding("fault", "a", "broken", "mend a"), Finding("warn", "b", "odd", "look"),
+                Finding("ok", "c", "fine"), Finding("fault", "d", "gone", "find d")]
     with pytest.raises(ConfigError) as raised:
         raise_faults(findings)
     assert str(raised.value).split("\n") == ["2 faults, found before any compute:", "  a: broken; mend a",
@@ -405,8 +412,9 @@ def test_all_faults_are_raised_at_once_a_line_each_with_its_cure():
 
 
 def test_an_error_is_split_into_what_and_cure():
-    error = DataError("data: x.jsonl, line 3:\nnot JSON; write one object; per line")
-    assert fault_of("data", error) == Finding("fault", "data", "x.jsonl, line 3: not JSON", "write one object; per line")
+    error = DataError("data: x.jsonl, line 3:\nnot JSON; write objects; one per line")
+    assert fault_of("data", error) == Finding("fault", "data", "x.jsonl, line 3: not JSON",
+                                              "write objects; one per line")
     assert fault_of("data", DataError("gone")) == Finding("fault", "data", "gone", "")
 
 
@@ -453,7 +461,7 @@ def test_a_config_that_works_has_no_faults_and_nothing_is_written(files, verb):
     result, printed = consult(files, raw)
     assert (result["faults"], result["warnings"]) == (0, 0)
     assert json.loads(json.dumps(result))["machine"]["versions"]["torch"] == metadata.version("torch")
-    assert "ok    disk: about" in printed and "config.yaml: 0 faults, 0 warnings" in printed
+    assert "ok    disk: about" in printed and "config.yaml: faults 0, warnings 0" in printed
     assert sorted(p.name for p in files.folder.iterdir()) == ["config.yaml", "data.jsonl"]
 
 
@@ -518,7 +526,8 @@ def test_without_a_config_the_machine_is_described(capsys):
 
 
 def test_what_a_machine_does_not_tell_is_left_out_and_gpus_are_listed():
-    machine = describe_machine() | {"threads": 2, "cuda": [{"name": "H200", "memory_mib": 143_360, "capability": "9.0"}],
+    gpu = {"name": "H200", "memory_mib": 143_360, "capability": "9.0"}
+    machine = describe_machine() | {"threads": 2, "cuda": [gpu],
                                     "memory": {"total_mib": None, "available_mib": None, "limit_mib": None}}
     lines = machine_lines(machine)
     assert "accelerator: H200 (143,360 MiB, compute capability 9.0)" in lines

@@ -88,7 +88,7 @@ def test_a_damaged_run_is_a_row_that_says_so_and_hides_no_other(tmp_path):
         "good": "finished", "bad": "damaged", "worse": "damaged"}
     assert "metrics.jsonl, line 1" in rows["bad"]["error"]
     assert "env.json" in rows["worse"]["error"]
-    assert "damaged" in shown
+    assert f"damaged: {rows['bad']['error']}\n" in shown
 
 
 def test_a_run_that_has_taken_no_step_is_listed_at_step_zero(tmp_path):

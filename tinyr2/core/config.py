@@ -50,6 +50,9 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark
         at = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         raise ConfigError(f"{at}: not valid YAML: {error.problem}") from error
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{where}: not valid YAML: character {error.position + 1} is {chr(error.character)!r}; "
+                          "remove it") from error
 
 
 def load(model: type[T], path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> T:
@@ -62,7 +65,11 @@ def read(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; examples/ has some to start from")
-    raw = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+    raw = parse_yaml(text, str(path))
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):

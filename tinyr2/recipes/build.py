@@ -105,6 +105,9 @@ def build(config: BuildConfig, console: Console, *, overwrite: bool = False) -> 
     console.note(f"{folder}: {result['model_type']}, {result['params']:,} parameters "
                  f"({result['params_without_embeddings']:,} without embeddings), {result['dtype']}, vocabulary "
                  f"{result['vocab_size']:,}, context {result['context_length']}")
+    if config.tokenizer.vocab_size is not None and len(tokenizer) < config.tokenizer.vocab_size:
+        console.note(f"the texts give {len(tokenizer)} of the {config.tokenizer.vocab_size} tokens asked for; more or "
+                     "longer texts give more")
     if not tokenizer.chat_template:
         console.note("its tokenizer has no chat template; training needs one: put a chat_template.jinja there")
     return result

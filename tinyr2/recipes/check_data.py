@@ -7,14 +7,14 @@ a sample is rendered, with the longest ones in it, and the findings say how many
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.errors import DataError
 from tinyr2.core.rng import permutation
 from tinyr2.core.types import Message, Problem
-from tinyr2.recipes.findings import Finding, Part
+from tinyr2.recipes.findings import Finding, Part, fault_of
 from tinyr2.tokens.chat import render_example, render_prompt
 
 SAMPLE, LONGEST = 2000, 100  # problems rendered: all up to SAMPLE, else as many drawn and the longest
@@ -28,6 +28,21 @@ class Window:
 
     key: str  # of the model, in the config
     tokens: int
+
+    def __str__(self) -> str:
+        return f"the context of the {self.key} ({self.tokens:,} tokens)"
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """How many problems were looked at, of how many."""
+
+    looked_at: int
+    total: int
+
+    def of(self, noun: str) -> str:
+        sampled = f" looked at ({self.total:,} in all)" if self.looked_at < self.total else ""
+        return f"{self.looked_at:,} {noun}{sampled}"
 
 
 @dataclass(frozen=True)
@@ -52,22 +67,21 @@ def check_part(part: Part, tokenizer: PreTrainedTokenizerBase | None, window: Wi
         return found
     chosen = looked_at(part)
     rows, rejected = _rendered(part, chosen, tokenizer)
-    seen = f"{len(chosen):,}" if len(chosen) == len(part.problems) else (
-        f"{len(chosen):,} looked at ({len(part.problems):,} in all)")
+    seen = _Seen(len(chosen), len(part.problems))
     if rejected:
         problem, error = rejected[0]
-        what, _, cure = str(error).partition("; ")
-        found.append(Finding("fault", f"{part.key}.template", f"{len(rejected):,} of {seen} problems cannot be written "
-                             f"as a chat, the first is {problem.id}: {what}", cure))
+        fault = fault_of(f"{part.key}.template", error)
+        found.append(replace(fault, what=f"{len(rejected):,} of {seen.of('problems')} cannot be written as a chat, the "
+                                         f"first is {problem.id}: {fault.what}"))
     found += _check_empty(part, rows, seen)
     found += _check_unknown(part, rows, seen, tokenizer)
     if window is not None:
-        found += _check_lengths(part, rows, seen, window)
+        found += [*_check_lengths(part, rows, seen, window), *_check_room(part, rows, seen, window)]
     if rows and all(f.level == "ok" for f in found):
         lengths = [len(r.prompt) for r in rows]
         context = f", the context of the {window.key} {window.tokens:,}" if window else ""
-        found.append(Finding("ok", part.key, f"{seen} problems; prompts of {min(lengths):,} to {max(lengths):,} "
-                             f"tokens{context}"))
+        found.append(Finding("ok", part.key, f"{seen.of('problems')}; prompts of {min(lengths):,} to "
+                             f"{max(lengths):,} tokens{context}"))
     return found
 
 
@@ -131,8 +145,8 @@ def _check_columns(part: Part) -> Iterator[Finding]:
 def _check_ids(part: Part) -> Iterator[Finding]:
     twice = [problem_id for problem_id, n in Counter(p.id for p in part.problems).items() if n > 1]
     if twice:
-        yield Finding("warn", f"{part.key}.ids", f"{len(twice):,} problem ids stand more than once "
-                      f"(first: {', '.join(twice[:_SHOWN])}); rollouts of such problems cannot be told apart",
+        yield Finding("warn", f"{part.key}.ids", f"problem ids that stand more than once: {len(twice):,} (first: "
+                      f"{', '.join(twice[:_SHOWN])}); rollouts of such problems cannot be told apart",
                       f"give every row of {part.path} an id of its own")
 
 
@@ -150,45 +164,45 @@ def _rendered(part: Part, problems: Sequence[Problem],
     return rows, rejected
 
 
-def _check_empty(part: Part, rows: Sequence[_Row], seen: str) -> Iterator[Finding]:
+def _check_empty(part: Part, rows: Sequence[_Row], seen: _Seen) -> Iterator[Finding]:
     """Completions of which nothing is left to learn but their end."""
     empty = [r.problem for r in rows if r.response is not None and len(r.response) <= 1]
     if empty:
-        yield Finding("fault", f"{part.key}.completions", f"the loss mask is empty: {len(empty):,} of {seen} "
-                      f"completions render to no tokens but their end ({_ids(empty)})",
+        yield Finding("fault", f"{part.key}.completions", f"the loss mask is empty: {len(empty):,} of "
+                      f"{seen.of('completions')} render to no tokens but their end ({_ids(empty)})",
                       f"drop these rows of {part.path}, fill in their completions, or mend chat_template.jinja where "
                       "it leaves them out")
 
 
-def _check_unknown(part: Part, rows: Sequence[_Row], seen: str,
+def _check_unknown(part: Part, rows: Sequence[_Row], seen: _Seen,
                    tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return  # GPT-2 names its end of text here, and knows every byte
     lost = [r.problem for r in rows if unknown in r.prompt or unknown in (r.response or ())]
     if lost:
-        yield Finding("warn", f"{part.key}.unknown", f"{len(lost):,} of {seen} problems have characters that the "
-                      f"tokenizer does not know; they become {tokenizer.unk_token} ({_ids(lost)})",
+        yield Finding("warn", f"{part.key}.unknown", f"{len(lost):,} of {seen.of('problems')} have characters that "
+                      f"the tokenizer does not know; they become {tokenizer.unk_token} ({_ids(lost)})",
                       f"train the tokenizer on texts like those of {part.path}, or with the alphabet `bytes`")
 
 
-def _check_lengths(part: Part, rows: Sequence[_Row], seen: str, window: Window) -> Iterator[Finding]:
-    """A prompt that leaves no room is a fault, and so is an example that does not fit; a cut answer is a warning."""
-    context = f"the context of the {window.key} ({window.tokens:,} tokens)"
+def _check_lengths(part: Part, rows: Sequence[_Row], seen: _Seen, window: Window) -> Iterator[Finding]:
+    """Prompts that leave no room, and examples that do not fit although their prompts do."""
     full = [r for r in rows if len(r.prompt) >= window.tokens]
-    if full:
-        longest = max(full, key=lambda r: len(r.prompt))
-        yield Finding("fault", f"{part.key}.prompts", f"{len(full):,} of {seen} prompts leave no room for an answer in "
-                      f"{context}; the longest, {longest.problem.id}, has {len(longest.prompt):,} "
-                      f"({_ids([r.problem for r in full])})",
-                      f"drop or shorten these rows of {part.path}, or take a {window.key} with a longer context")
     over = [r for r in rows if r.size > window.tokens > len(r.prompt)]
-    if over:
-        longest = max(over, key=lambda r: r.size)
-        yield Finding("fault", f"{part.key}.examples", f"{len(over):,} of {seen} examples, prompt and completion, do "
-                      f"not fit {context}; the longest, {longest.problem.id}, has {longest.size:,} "
-                      f"({_ids([r.problem for r in over])})",
+    for name, long, what in (
+            ("prompts", full, f"{seen.of('prompts')} leave no room for an answer in"),
+            ("examples", over, f"{seen.of('examples')}, prompt and completion, do not fit")):
+        if not long:
+            continue
+        size, longest = max((len(r.prompt) if long is full else r.size, r.problem.id) for r in long)
+        yield Finding("fault", f"{part.key}.{name}", f"{len(long):,} of {what} {window}; the longest, {longest}, has "
+                      f"{size:,} ({_ids([r.problem for r in long])})",
                       f"drop or shorten these rows of {part.path}, or take a {window.key} with a longer context")
+
+
+def _check_room(part: Part, rows: Sequence[_Row], seen: _Seen, window: Window) -> Iterator[Finding]:
+    """Prompts whose answers the context may cut before the config does."""
     if part.answer_limit is None:
         return
     key, limit = part.answer_limit
@@ -196,7 +210,7 @@ def _check_lengths(part: Part, rows: Sequence[_Row], seen: str, window: Window) 
     if tight:
         longest = max(len(r.prompt) for r in tight)
         consequence = "the teacher would read past" if window.key == "teacher" else "answers will be cut at"
-        yield Finding("warn", f"{part.key}.room", f"{consequence} {context} for {len(tight):,} of {seen} prompts "
+        yield Finding("warn", f"{part.key}.room", f"{consequence} {window} for {len(tight):,} of {seen.of('prompts')} "
                       f"({_ids([r.problem for r in tight])}): the longest has {longest:,} and {key} is {limit:,}",
                       f"set {key} to {window.tokens - longest} or less, or take a {window.key} with a longer context")
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.core.files import free_bytes
 from tinyr2.models.load import context_length, pick_device, pick_dtype
 from tinyr2.models.packed import PACKED
+from tinyr2.recipes.build import UNFIT
 from tinyr2.recipes.check_data import Window, check_part, check_prompts_alike, held_out_overlap
 from tinyr2.recipes.findings import Finding, ModelFiles, Setup, fault_of
 from tinyr2.recipes.machine import describe_machine
@@ -132,8 +134,8 @@ def check_disk(setup: Setup, skeleton: nn.Module) -> Finding:
     finished = 2 if train.load_best_model_at_end else 1
     need = HEADROOM * size * (3 * trained * saves + total * finished) / _MIB
     free = free_bytes(Path(setup.output_dir)) / _MIB
-    what = (f"about {need:,.0f} MiB for {saves} checkpoints of {trained:,} trained parameters and "
-            f"{finished} x {total:,} finished ones; {free:,.0f} MiB are free")
+    what = (f"about {need:,.0f} MiB are needed (checkpoints: {saves} x {trained:,} trained parameters and their "
+            f"moments, finished models: {finished} x {total:,}), {free:,.0f} MiB are free")
     if free < need:
         return Finding("fault", "disk", what, f"free {need - free:,.0f} MiB, give an output_dir on another disk, or "
                        "lower train.save_total_limit")
@@ -225,13 +227,17 @@ def check_tokenizers(student: ModelFiles, teacher: ModelFiles) -> Iterator[Findi
 
 
 def _skeleton(model: ModelFiles) -> nn.Module | Finding:
-    """The model without memory for its weights; the fault where its class cannot write text."""
+    """The model without memory for its weights; the fault where its config makes none that writes text."""
+    if model.config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return Finding("fault", f"{model.key}.class", f"{model.config.model_type} is not a causal language model",
+                       f"give {model.key}.path a model that writes text")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(model.config)
-    except ValueError as error:
-        return Finding("fault", f"{model.key}.class", f"{model.config.model_type} is not a causal language model: "
-                       f"{str(error).splitlines()[0][:200]}", f"give {model.key}.path a model that writes text")
+    except UNFIT as error:
+        reason = " ".join(str(error).split())[:200]
+        return Finding("fault", f"{model.key}.config", f"no model can be made of {model.source.path}/config.json: "
+                       f"{type(error).__name__}: {reason}", "mend config.json, or fetch the model again")
 
 
 def _adapter_parameters(model: nn.Module, r: int) -> int:

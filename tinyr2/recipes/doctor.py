@@ -37,7 +37,7 @@ def doctor(config: str | Path | None, overrides: Sequence[str], console: Console
         console.note(as_line(finding))
     faults, warnings = (sum(f.level == level for f in findings) for level in ("fault", "warn"))
     if settings is not None:
-        console.note(f"{config}: {faults} faults, {warnings} warnings")
+        console.note(f"{config}: faults {faults}, warnings {warnings}")
     return {"config": None if config is None else str(config), "machine": machine, "faults": faults,
             "warnings": warnings, "findings": [asdict(f) for f in findings]}
 

@@ -37,6 +37,9 @@ def list_runs(folder: Path, console: Console) -> dict:
     rows = sorted((_row(run) for run in _find(folder)), key=lambda row: -(row["started"] or 0.0))
     if rows:
         console.table(_table(rows))
+        for row in rows:
+            if "error" in row:
+                console.note(f"damaged: {row['error']}")
     else:
         console.note(f"no runs in {folder}")
     return {"runs": rows}

@@ -1,0 +1,75 @@
+import re
+from itertools import permutations
+
+import pytest
+
+from tinyr2.core.errors import ConfigError
+from tinyr2.data.tasks import CARRY, SignedSums, Sum, signed_sums
+
+LEVEL = SignedSums(terms=3, digits=2)
+
+
+def test_a_solution_by_hand():
+    assert Sum((58, -367, 912)).text == "58-367+912"
+    assert Sum((58, -367, 912)).solution == "0:8-7+2=03;0:5-6+1=00;0:0-3+9=06####603"
+    assert Sum((20, -7)).solution == "0:0-7=b3;b:2-0=01####13"
+    assert Sum((9, 8, 7)).solution == "0:9+8+7=24;2:0+0+0=02####24"
+    assert Sum((5, -5)).solution == "0:5-5=00####0"
+
+
+def test_every_solution_is_right_column_by_column():
+    value = {text: number for number, text in CARRY.items()}
+    for problem in signed_sums(LEVEL, "train", 500, 3):
+        columns, answer = problem.completion[0].content.split("####")
+        digits, carry = [], 0
+        for column in columns.split(";"):
+            into, terms, out, digit = re.fullmatch(r"(.):([\d+-]+)=(.)(\d)", column).groups()
+            assert value[into] == carry
+            total = carry + sum(int(t) for t in re.findall(r"[+-]?\d", terms))
+            carry = value[out]
+            assert total == 10 * carry + int(digit)
+            digits.append(digit)
+        assert carry == 0
+        assert int("".join(reversed(digits))) == int(answer) == int(problem.answer)
+        # an independent reading of the question itself
+        assert int(answer) == sum(int(t) for t in re.findall(r"[+-]?\d+", problem.messages[0].content))
+
+
+def test_train_and_held_out_problems_never_overlap_in_any_order_of_terms():
+    train = {p.messages[0].content for p in signed_sums(LEVEL, "train", 4000, 0)}
+    held_out = {p.messages[0].content for p in signed_sums(LEVEL, "held_out", 500, 1)}
+
+    def canonical(text: str) -> tuple[int, ...]:
+        return tuple(sorted(int(t) for t in re.findall(r"[+-]?\d+", text)))
+
+    assert not {canonical(t) for t in train} & {canonical(t) for t in held_out}
+    assert len({canonical(t) for t in train}) == 4000
+
+
+@pytest.mark.parametrize("terms", [(1, 22, -3), (99, -98), (7, 7, 7)])
+def test_the_split_does_not_depend_on_the_order(terms):
+    assert len({Sum(p).split for p in permutations(terms) if sum(p) >= 0}) == 1
+
+
+def test_about_an_eighth_is_held_out():
+    sums = [Sum((a, b)) for a in range(100) for b in range(a, 100)]
+    share = sum(s.split == "held_out" for s in sums) / len(sums)
+    assert 0.11 < share < 0.14
+
+
+def test_a_seed_gives_the_same_problems_and_another_seed_others():
+    assert signed_sums(LEVEL, "train", 50, 0) == signed_sums(LEVEL, "train", 50, 0)
+    assert signed_sums(LEVEL, "train", 50, 0) != signed_sums(LEVEL, "train", 50, 1)
+
+
+def test_difficulty_bounds_terms_and_digits():
+    for problem in signed_sums(SignedSums(terms=2, digits=4), "train", 300, 0):
+        numbers = re.findall(r"\d+", problem.messages[0].content)
+        assert len(numbers) == 2 and all(len(n) <= 4 for n in numbers)
+    assert any(len(n) == 4 for p in signed_sums(SignedSums(terms=2, digits=4), "train", 300, 0)
+               for n in re.findall(r"\d+", p.messages[0].content))
+
+
+def test_asking_for_more_than_there_are_says_what_to_raise():
+    with pytest.raises(ConfigError, match="raise terms or digits"):
+        signed_sums(SignedSums(terms=2, digits=1), "held_out", 500, 0)
