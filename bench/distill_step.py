@@ -71,12 +71,13 @@ def main() -> None:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character; the template is the bare text, so a prompt has as many tokens as characters."""
+    """One token per printable character; the template adds nothing, so a prompt has as many tokens as characters."""
     vocab = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {c: i + 3 for i, c in enumerate(CHARS)}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    tokenizer.chat_template = ("{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>"
+                               "{% endif %}{% endfor %}")
     return tokenizer
 
 

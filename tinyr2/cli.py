@@ -186,7 +186,7 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False,
 
     \b
     Example:
-      tinyr2 sft examples/sft.yaml train.max_steps=200 output_dir=runs/sft
+      tinyr2 sft examples/gsm8k/student.yaml train.max_steps=200 output_dir=runs/sft
     """
     _train("sft", config, overrides, resume=resume, overwrite=overwrite, json=json)
 
@@ -200,7 +200,7 @@ def distill(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fa
 
     \b
     Example:
-      tinyr2 distill examples/distill.yaml loss.divergence=forward_kl output_dir=runs/forward
+      tinyr2 distill examples/gsm8k/distill.yaml loss.divergence=forward_kl output_dir=runs/forward
     """
     _train("distill", config, overrides, resume=resume, overwrite=overwrite, json=json)
 
@@ -269,7 +269,7 @@ def doctor(
 
     \b
     Example:
-      tinyr2 doctor examples/distill.yaml train.max_steps=500
+      tinyr2 doctor examples/gsm8k/distill.yaml train.max_steps=500
     """
     from tinyr2.recipes.doctor import doctor as recipe
 

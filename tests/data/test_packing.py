@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from tests.train.tiny import EOS, ROLLOUTS, rollout
 
+from tests.train.tiny import EOS, ROLLOUTS, rollout
 from tinyr2.core.errors import DataError
 from tinyr2.data.packing import pack, split
 

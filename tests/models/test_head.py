@@ -106,7 +106,8 @@ def _assert_same(case, divergence, tolerance, exact, **kwargs):
     loss, logp, value, entropy, teacher_logp = _naive(
         exact, divergence, extra=kwargs.get("extra"), temperature=kwargs.get("temperature", 1.0))
     expected = torch.autograd.grad(loss, exact.learned)
-    pairs = [(result.loss, loss), (result.learner_logp, logp), (result.entropy, entropy), *zip(got, expected, strict=True)]
+    pairs = [(result.loss, loss), (result.learner_logp, logp), (result.entropy, entropy)]
+    pairs += zip(got, expected, strict=True)
     if divergence is not None:
         pairs += [(result.divergence, value), (result.teacher_logp, teacher_logp)]
     for a, b in pairs:
@@ -172,7 +173,8 @@ def test_a_stream_that_the_objective_leaves_out_gets_no_gradient(use):
     result = _run(case, KINDS["reverse_kl"], objective=lambda s: (weights[use][s.part] * getattr(s, use)).sum())
     got = torch.autograd.grad(result.loss, case.learned)
     _, logp, value, _, _ = _naive(case, KINDS["reverse_kl"])
-    expected = torch.autograd.grad((weights[use] * {"learner_logp": logp, "divergence": value}[use]).sum(), case.learned)
+    stream = {"learner_logp": logp, "divergence": value}[use]
+    expected = torch.autograd.grad((weights[use] * stream).sum(), case.learned)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -184,10 +186,8 @@ def test_an_objective_that_does_not_depend_on_the_student_gives_gradients_of_zer
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_student_equal_to_its_teacher_has_divergence_zero_and_gradient_zero(kind):
-    if kind is None:
-        return
     case = _case()
     case = replace(case, teacher_hidden=case.hidden.detach(), teacher_weight=case.weight.detach())
     result = run(case.hidden, Head(case.weight), case.targets, lambda s: s.divergence.sum(), temperature=0.6,
@@ -216,7 +216,7 @@ def test_logits_of_plus_and_minus_80_stay_finite_and_right(kind):
 
 
 class Spy(TorchDispatchMode):
-    """The largest tensor whose last dimension is `vocab`, and how often each operation ran."""
+    """The largest (…, vocab) tensor that is no transposed weight, and how often each operation ran."""
 
     def __init__(self, vocab):
         super().__init__()
@@ -227,12 +227,12 @@ class Spy(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.calls[name] = self.calls.get(name, 0) + 1
         for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == self.vocab:
+            if name != "t" and isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == self.vocab:
                 self.largest = max(self.largest, x.numel())
         return out
 
 
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [64, 1000, 3001])
 def test_no_tensor_over_the_vocabulary_is_larger_than_a_chunk(kind, chunk):
     vocab = 64
@@ -243,7 +243,7 @@ def test_no_tensor_over_the_vocabulary_is_larger_than_a_chunk(kind, chunk):
 
 
 def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens():
-    vocab, peaks = 4096, []
+    vocab, peaks = 512, []
     for n in (64, 512):
         case = _case(n=n, d=2, v=vocab)
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)

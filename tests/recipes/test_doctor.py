@@ -112,6 +112,7 @@ def test_a_teacher_with_another_tokenizer_is_a_fault_that_names_both_folders(sou
     fault = only(teacher(sound, tokenizer=other, source=ModelConfig(path="models/other")), "fault", "tokenizers")
     assert "cross-tokenizer distillation is not what this loss can do" in fault.what
     assert "tokens are the student's alone" in fault.what
+    assert not [f for f in check_training(teacher(sound, tokenizer=other)) if f.name == "teacher.prompts"]
     assert sound.student.source.path in fault.cure and "models/other" in fault.cure
 
 
@@ -381,6 +382,15 @@ def test_the_disk_must_hold_checkpoints_of_weights_and_two_moments_and_the_finis
     # saved once, nothing to compare: 3 + 1 of 11 parts
     monkeypatch.setattr(checks, "free_bytes", lambda path: need * 4 / 11 + 1)
     assert f"finished models: 1 x {parameters:,}" in well(sound, "disk")
+
+
+def test_weights_that_a_resumed_run_replaces_count_as_free(sound, monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "free_bytes", lambda path: 0)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "model.safetensors").write_bytes(bytes(2**20))
+    assert well(replace(sound, output_dir=str(tmp_path)), "disk").endswith("1 MiB are there")
+    (tmp_path / "checkpoints" / "model.safetensors").unlink()
+    assert only(replace(sound, output_dir=str(tmp_path)), "fault", "disk").what.endswith("0 MiB are there")
 
 
 def test_with_adapters_only_they_are_in_the_checkpoints(sound):

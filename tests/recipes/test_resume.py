@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.recipes import killing
 
+from tests.recipes import killing
 from tinyr2.core.errors import RunError
 
 

@@ -2,15 +2,16 @@ import dataclasses
 
 import pytest
 import torch
+
 from tests.models.test_packed import CLASSES, make
 from tests.rollouts.reference import decode
-
 from tinyr2.models import packed
 from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Request
 from tinyr2.rollouts.sampling import SamplingConfig
 
-PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8), (9, 2, 6, 5, 3, 5, 8), (9, 7), (2,), (3, 1, 4), (9, 2, 6, 5, 3, 5, 8)]
+PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8), (9, 2, 6, 5, 3, 5, 8), (9, 7), (2,), (3, 1, 4),
+           (9, 2, 6, 5, 3, 5, 8)]
 REQUESTS = [Request(p, seed=100 + i, max_new=6 + 5 * (i % 4)) for i, p in enumerate(PROMPTS)]
 STOP = (4, 11)
 

@@ -2,8 +2,8 @@ import signal
 
 import pytest
 import torch
-from tests.train.tiny import qwen3
 
+from tests.train.tiny import qwen3
 from tinyr2.train import state as checkpoint
 from tinyr2.train.loop import Job, StepResult, TrainConfig, run
 from tinyr2.train.optim import make_optimizer
@@ -38,8 +38,9 @@ class World:
         self.model, self.notes, self.kept, self.seen = qwen3(), Notes(), [], []
         self.state = checkpoint.TrainState(model=self.model, optimizer=make_optimizer(self.model, self.config))
         self.spoil = spoil
-        self.job = Job(config=self.config, compute=self.compute, recorder=self.notes, checkpoints=folder / "checkpoints",
-                       evaluate=evaluate, keep_best=lambda: self.kept.append(self.state.step))
+        self.job = Job(config=self.config, compute=self.compute, recorder=self.notes,
+                       checkpoints=folder / "checkpoints", evaluate=evaluate,
+                       keep_best=lambda: self.kept.append(self.state.step))
 
     def compute(self, step):
         self.seen.append(step)

@@ -1,6 +1,6 @@
 import pytest
-from tests.train.tiny import ROLLOUTS, rollout
 
+from tests.train.tiny import ROLLOUTS, rollout
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.train.loss import LossConfig, count
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tests.train.tiny import ROLLOUTS, rollout
 
+from tests.train.tiny import ROLLOUTS, rollout
 from tinyr2.train.metrics import completion_metrics, reward_metrics, score_metrics
 from tinyr2.train.step import Scores
 

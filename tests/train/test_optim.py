@@ -1,7 +1,7 @@
 import pytest
 import torch
-from tests.train.tiny import qwen3
 
+from tests.train.tiny import qwen3
 from tinyr2.train.optim import OptimConfig, learning_rate, make_optimizer
 
 

@@ -3,8 +3,8 @@ import random
 
 import pytest
 import torch
-from tests.train.tiny import ROLLOUTS, VOCAB, qwen3, rollout
 
+from tests.train.tiny import ROLLOUTS, VOCAB, qwen3, rollout
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.teachers.local import hire
 from tinyr2.train.loss import LossConfig, count, likelihood, sequence_distillation, token_distillation

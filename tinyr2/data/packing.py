@@ -1,7 +1,7 @@
 """Rollouts to batches: lists become tensors, once.
 
-In: rollouts of one optimizer step. Out: micro-batches of at most a token budget each, packed without padding. How a step
-is split changes nothing but memory: losses are divided by counts over the whole step.
+In: rollouts of one optimizer step. Out: micro-batches of at most a token budget each, packed without padding. How a
+step is split changes nothing but memory: losses are divided by counts over the whole step.
 """
 
 import heapq

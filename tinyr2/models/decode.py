@@ -115,7 +115,8 @@ def prefill(model: nn.Module, cache: SlotCache, prompts: Sequence[Sequence[int]]
             new += 1
     grown = torch.tensor([n for n, c in zip(lengths, copies, strict=True) for _ in range(c)], device=cache.device)
     cache.lengths = torch.cat([cache.lengths, grown])
-    cache._now = _Prefill(layout(lengths, cache.device), *(torch.cat(x).to(cache.device) for x in (source, slot, column)))
+    places = (torch.cat(x).to(cache.device) for x in (source, slot, column))
+    cache._now = _Prefill(layout(lengths, cache.device), *places)
     tokens = torch.tensor([t for p in prompts for t in p], device=cache.device)
     position = torch.cat([torch.arange(n) for n in lengths]).to(cache.device)
     hidden = _forward(model, cache, tokens[None], position[None])

@@ -79,8 +79,8 @@ def run(
     inputs = (hidden, head.weight, head.bias)
     learns = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
     if teacher_head is not None and len(teacher_head.weight) != len(head.weight):
-        raise ConfigError(f"the student's head has {len(head.weight)} tokens, the teacher's {len(teacher_head.weight)}; "
-                          "read both with head_of(model, vocab=the tokenizer's size)")
+        raise ConfigError(f"the student's head has {len(head.weight)} tokens, the teacher's "
+                          f"{len(teacher_head.weight)}; read both with head_of(model, vocab=the tokenizer's size)")
     rows = max(1, chunk_elements // len(head.weight))
     student = prepare(hidden, head, temperature, rows)
     teacher = None if teacher_head is None else prepare(teacher_hidden, teacher_head, temperature, rows)

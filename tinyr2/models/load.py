@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -24,9 +27,9 @@ DType = Literal["float32", "bfloat16"]
 class LoraConfig(Config):
     """Low-rank adapters (Hu et al. 2021) instead of full training; names are peft's."""
 
-    r: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
@@ -42,6 +45,8 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device that `name` means: auto picks CUDA, then MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device {name}: unknown; use auto, cpu, cuda or mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no CUDA device here; use device=cpu, or device=auto")
     if name == "mps" and not torch.backends.mps.is_available():
@@ -61,21 +66,24 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
     folder = _check_folder(config)
     try:
         return AutoConfig.from_pretrained(folder, revision=config.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise DataError(f"{config.path}: not a model that transformers knows: {_first_line(error)}") from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
-    """The causal LM on `device`, in eval mode."""
+    """The causal LM on `device`, in eval mode; DataError where its weights are damaged or not what its config says."""
     load_config(config)
     try:
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 _check_folder(config), revision=config.revision, dtype=pick_dtype(config.dtype, device),
-                use_safetensors=True)
-    except (OSError, ValueError) as error:
+                use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a tensor of another shape
         raise DataError(f"{config.path}: cannot load its weights: {_first_line(error)}; a model folder holds "
-                        "config.json and *.safetensors") from error
+                        "config.json and the *.safetensors that belong to it") from error
+    if lacking := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise DataError(f"{config.path}: its weights lack {len(lacking)} tensors that config.json asks for, e.g. "
+                        f"{lacking[0]}; save the whole model there, or mend config.json")
     return model.to(device).eval()
 
 
@@ -95,6 +103,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
     """Wrap `model` in trainable low-rank adapters; its own weights are frozen."""
     import peft
 
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     torch.manual_seed(seed)
     settings = peft.LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.lora_alpha,
                                lora_dropout=lora.lora_dropout, target_modules=_modules(lora))
@@ -102,10 +111,13 @@ def add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
         wrapped = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {_first_line(error)}") from error
-    head = wrapped.get_output_embeddings()
-    if any("lora" in name for name, _ in head.named_parameters()):
+    if _adapted(wrapped.get_output_embeddings()):
         raise ConfigError("lora.target_modules takes in the output head; the loss reads the head's own weight, so "
                           "leave lm_head out")
+    if tied and _adapted(wrapped.get_input_embeddings()):
+        raise ConfigError("lora.target_modules takes in the embeddings, which are the output head too: merging the "
+                          "adapter would change both; leave embed_tokens out, or take a model with "
+                          "tie_word_embeddings: false")
     return wrapped
 
 
@@ -159,6 +171,10 @@ def _merged(model: nn.Module) -> nn.Module:
     merged = copy.deepcopy(model)
     dtype = next(merged.parameters()).dtype
     return merged.float().merge_and_unload().to(dtype)
+
+
+def _adapted(module: nn.Module) -> bool:
+    return any("lora" in name for name, _ in module.named_parameters())
 
 
 def _modules(lora: LoraConfig) -> str | list[str]:

@@ -5,10 +5,10 @@ student's logits, in closed form.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinyr2.core.config import Config
@@ -22,6 +22,11 @@ class Divergence(Config):
 
     kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
     beta: float = Field(0.5, gt=0.0, lt=1.0)  # the teacher's share of the mixture; read by jsd alone
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 def measure(

@@ -43,8 +43,10 @@ def check_training(setup: Setup) -> list[Finding]:
     found += check_vocabulary(student, teacher)
     template = check_template(student) if student.tokenizer is not None else []
     if teacher is not None and student.tokenizer is not None and teacher.tokenizer is not None:
-        found += check_tokenizers(student, teacher)
-        found += check_prompts_alike(setup.parts[0], student.tokenizer, teacher.tokenizer)
+        pair = list(check_tokenizers(student, teacher))
+        if _sound(pair):
+            pair += check_prompts_alike(setup.parts[0], student.tokenizer, teacher.tokenizer)
+        found += pair
     # without a usable template every row would fail in the same way
     usable = student.tokenizer if _sound(template) else None
     windows = [Window(m.key, n) for m in models if m.config is not None and (n := context_length(m.config))]
@@ -133,9 +135,12 @@ def check_disk(setup: Setup, skeleton: nn.Module) -> Finding:
     saves = min(train.save_total_limit + 1, math.ceil(train.max_steps / train.save_steps))
     finished = 2 if train.load_best_model_at_end else 1
     need = HEADROOM * size * (3 * trained * saves + total * finished) / _MIB
-    free = free_bytes(Path(setup.output_dir)) / _MIB
+    folder = Path(setup.output_dir)
+    # a resumed or overwritten run takes the place of the weights that lie there
+    replaced = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    free = (free_bytes(folder) + replaced) / _MIB
     what = (f"about {need:,.0f} MiB are needed (checkpoints: {saves} x {trained:,} trained parameters and their "
-            f"moments, finished models: {finished} x {total:,}), {free:,.0f} MiB are free")
+            f"moments, finished models: {finished} x {total:,}), {free:,.0f} MiB are there")
     if free < need:
         return Finding("fault", "disk", what, f"free {need - free:,.0f} MiB, give an output_dir on another disk, or "
                        "lower train.save_total_limit")

@@ -145,10 +145,11 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     inputs = read_inputs(config, console)
     device = setup.choose_device(config.device, config.train)
+    # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
+    model = setup.load_student(config.student, device, config.train.seed)
+    teacher = hire(load_model(config.teacher, device), inputs.vocab)
     with open_run(config, "distill", console, total=config.train.max_steps, resume=resume, overwrite=overwrite,
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
-        model = setup.load_student(config.student, device, config.train.seed)
-        teacher = hire(load_model(config.teacher, device), inputs.vocab)
         state = setup.restore(run, model, config.train, _identity(config, inputs), resume)
         work = Distillation(config, inputs, teacher,
                             Learner(model=model, vocab=inputs.vocab, autocast=setup.autocast(device),
@@ -174,7 +175,10 @@ class Distillation:
     def step(self, t: int) -> StepResult:
         """Write, grade, judge, and leave the gradient of step `t` (0-based) on the student."""
         clock = [time.perf_counter()]
-        rollouts = center(grade(self._write(t), self.inputs.rewards))
+        own, given = self._deal(t)
+        # the data's completions are learned from, not graded: the reward is that of what was sampled
+        rollouts = center(grade(self._write(own, t), self.inputs.rewards))
+        rollouts += worked(given, self.inputs.tokenizer, len(own), self.config.rollout.temperature)
         clock.append(time.perf_counter())
         kept = [r for r in rollouts if r.error is None]
         scores = self._learn(kept, t / self.config.train.max_steps)
@@ -198,12 +202,16 @@ class Distillation:
     def _student(self, version: int) -> Policy:
         return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version)
 
-    def _write(self, t: int) -> list[Rollout]:
+    def _deal(self, t: int) -> tuple[list[Problem], list[Problem]]:
+        """The problems of step `t`: those that are answered now, and those whose completion in the data is read."""
         config, seed = self.config.rollout, self.config.train.seed
         problems = draw(self.inputs.problems, config.prompts_per_step, t, seed)
         asked = generator(seed, "lmbda", t).random(len(problems)) < config.lmbda
-        own = [p for p, a in zip(problems, asked, strict=True) if a]
-        given = [p for p, a in zip(problems, asked, strict=True) if not a]
+        return ([p for p, a in zip(problems, asked, strict=True) if a],
+                [p for p, a in zip(problems, asked, strict=True) if not a])
+
+    def _write(self, own: list[Problem], t: int) -> list[Rollout]:
+        config, seed = self.config.rollout, self.config.train.seed
         rollouts: list[Rollout] = []
         with self.learner.autocast():
             if config.num_generations and own:
@@ -213,7 +221,7 @@ class Distillation:
                 teacher = setup.policy_of(self.teacher.model, self.inputs.tokenizer, self.inputs.vocab)
                 rollouts += sample(teacher, own, n=config.num_teacher_generations, sampling=config, seed=seed, step=t,
                                    author="teacher", max_rows=config.max_rows)
-        return rollouts + worked(given, self.inputs.tokenizer, len(own), config.temperature)
+        return rollouts
 
     def _learn(self, rollouts: Sequence[Rollout], progress: float) -> Scores:
         loss, counts = self.config.loss, count(rollouts)

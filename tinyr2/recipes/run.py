@@ -6,6 +6,7 @@ completions/, checkpoints/, final/ and report.html.
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -109,7 +110,7 @@ class Run:
 
 
 def refuse_taken(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """RunError where `folder` holds something and neither resume nor overwrite was asked for, or resume finds no run."""
+    """RunError where `folder` holds something that nobody asked to resume or overwrite, or resume finds no run."""
     # a run that was killed before it wrote its config leaves a lock and nothing to resume
     taken = folder.exists() and (not folder.is_dir() or any(p.name != "lock" for p in folder.iterdir()))
     if taken and not folder.is_dir():
@@ -139,8 +140,9 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not resume:
-            write_atomic(folder / ENV, json.dumps({"verb": verb, "command": sys.argv, "started": time.time(),
-                                                   "machine": describe_machine()}, indent=2) + "\n")
+            facts = {"verb": verb, "command": sys.argv, "cwd": os.getcwd(), "started": time.time(),
+                     "machine": describe_machine()}
+            write_atomic(folder / ENV, json.dumps(facts, indent=2) + "\n")
             write_atomic(folder / CONFIG, configs.dump(config))
         for leftover in folder.glob(".tmp-*"):
             shutil.rmtree(leftover)

@@ -59,6 +59,9 @@ def resume_run(run: Path, console: Console, verbs: Verbs) -> dict:
         console.note(f"{run}: finished already, nothing to resume")
         return {"ending": "finished", "run": str(run), "model": str(run / "final")}
     config_class, recipe = verbs[verb]
+    run = run.absolute()
+    if Path(_env(run).get("cwd", "")).is_dir():
+        os.chdir(_env(run)["cwd"])  # paths in the config are relative to where the run was started
     raw = configs.read(run / CONFIG) | {"output_dir": str(run)}
     config = configs.build(config_class, raw, str(run / CONFIG))
     return recipe(config, console, resume=True)

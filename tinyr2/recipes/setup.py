@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyr2.core.errors import ConfigError
 from tinyr2.core.rng import derive
 from tinyr2.models.load import (
+    DType,
     LoraConfig,
     ModelConfig,
     add_lora,
@@ -33,7 +35,7 @@ from tinyr2.train.optim import make_optimizer
 class StudentConfig(ModelConfig):
     """The model that is trained; its weights are float32, on CUDA its products bfloat16."""
 
-    dtype: str = "float32"
+    dtype: DType | Literal["auto"] = "float32"
     lora: LoraConfig | None = None  # None: train all parameters
 
 

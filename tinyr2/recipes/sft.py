@@ -78,8 +78,9 @@ def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite:
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     inputs = read_inputs(config, console)
     device = setup.choose_device(config.device, config.train)
+    # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
+    model = setup.load_student(config.model, device, config.train.seed)
     with open_run(config, "sft", console, total=config.train.max_steps, resume=resume, overwrite=overwrite) as run:
-        model = setup.load_student(config.model, device, config.train.seed)
         facts = {"config": identity(config), "data": data_fingerprint(inputs.problems),
                  "tokenizer": fingerprint(inputs.tokenizer), "model": setup.model_fingerprint(config.model.path)}
         state = setup.restore(run, model, config.train, facts, resume)

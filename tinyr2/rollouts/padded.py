@@ -42,8 +42,8 @@ def _batch(model: nn.Module, requests: Sequence[Request], sampling: SamplingConf
         alive &= ~torch.isin(ids, stop_ids) & (limit > len(drawn))
         tokens = ids[:, None]
         mask = torch.cat([mask, mask.new_ones(len(requests), 1)], dim=1)
-    return [_answer(i, l, r.max_new, stop) for i, l, r in zip(torch.stack(drawn, 1).tolist(),
-                                                             torch.stack(logps, 1).tolist(), requests, strict=True)]
+    rows = zip(torch.stack(drawn, 1).tolist(), torch.stack(logps, 1).tolist(), requests, strict=True)
+    return [_answer(ids, logp, request.max_new, stop) for ids, logp, request in rows]
 
 
 def _answer(ids: list[int], logp: list[float], limit: int, stop: set[int]) -> Answer:

@@ -43,7 +43,10 @@ class Scores:
 def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callable[[Batch], Objective], *,
                temperature: float = 1.0, divergence: Divergence | None = None,
                teacher: Teacher | None = None) -> Scores:
-    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch."""
+    """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch.
+
+    Without rollouts (every one of a step may fail) the loss is 0, no parameter has a gradient, and no score is there.
+    """
     head = head_of(learner.model, learner.vocab)
     device = head.weight.device
     parts: list[tuple[list[Rollout], Batch, HeadResult]] = []
@@ -58,7 +61,7 @@ def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callabl
         if result.loss.requires_grad:
             result.loss.backward()
         parts.append((some, batch, result))
-    return _join(parts)
+    return _join(parts) if parts else _nothing(device)
 
 
 def _join(parts: list[tuple[list[Rollout], Batch, HeadResult]]) -> Scores:
@@ -74,6 +77,12 @@ def _join(parts: list[tuple[list[Rollout], Batch, HeadResult]]) -> Scores:
         actor_logp=torch.cat([_or_nan(b.actor_logp, r.learner_logp) for _, b, r in parts]),
         divergence=_cat([r.divergence for r in results]), teacher_logp=_cat([r.teacher_logp for r in results]),
     )
+
+
+def _nothing(device: torch.device) -> Scores:
+    none = torch.zeros(0, device=device)
+    return Scores(rollouts=[], row=none.long(), learner_logp=none, entropy=none, actor_logp=none, divergence=None,
+                  teacher_logp=None, loss=0.0)
 
 
 def _or_nan(values: Tensor | None, like: Tensor) -> Tensor:
