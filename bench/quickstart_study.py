@@ -26,7 +26,7 @@ from tinyr2.models.load import ModelConfig, count_parameters, load_model, load_t
 from tinyr2.recipes import quickstart, setup
 from tinyr2.recipes.distill import DistillConfig
 from tinyr2.recipes.machine import describe_machine
-from tinyr2.recipes.sft import sft
+from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console
 from tinyr2.report.jsonl import read_jsonl
 from tinyr2.rollouts.sample import sample
@@ -94,7 +94,7 @@ def control(out: Path, seed: int, seconds: float) -> tuple[dict, list[bool | Non
     writing = time.perf_counter() - start
     rate = statistics.median(row["step_s"] for row in read_jsonl(out / "student_cold/timing.jsonl"))
     steps = max(8, round(seconds / rate))
-    base = load(type(quickstart._sft(out, seed, steps)), out / "student_sft/config.resolved.yaml", [
+    base = load(SftConfig, out / "student_sft/config.resolved.yaml", [
         f"data.path={out}/data/teacher_answers.jsonl", f"output_dir={out}/{CONTROL}", f"train.max_steps={steps}",
         f"train.eval_steps={max(1, steps // 8)}"])
     sft(base, Console(plain=True), overwrite=(out / CONTROL).exists())
@@ -116,8 +116,9 @@ def write_answers(out: Path) -> int:
             drawn[p.id] = p
     where = ModelConfig(path=str(out / "teacher/final"))
     model, tokenizer = load_model(where, torch.device("cpu")), load_tokenizer(where)
+    greedy = SamplingConfig(temperature=0.0, max_completion_length=config.rollout.max_completion_length)
     rollouts = sample(setup.policy_of(model, tokenizer, model.config.vocab_size), list(drawn.values()), n=1, seed=0,
-                      sampling=SamplingConfig(temperature=0.0, max_completion_length=56), author="teacher")
+                      sampling=greedy, author="teacher")
     rows = [{"prompt": [{"role": "user", "content": r.problem.messages[0].content}], "answer": r.problem.answer,
              "completion": [{"role": "assistant", "content": r.text}]} for r in rollouts if r.finish == "stop"]
     write_atomic(out / "data/teacher_answers.jsonl", "\n".join(json.dumps(r) for r in rows) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tinyr2.core.config import build
 from tinyr2.core.files import write_atomic
+from tinyr2.data.tasks import SignedSums
 from tinyr2.eval.intervals import wilson
 from tinyr2.recipes import quickstart
 from tinyr2.recipes.distill import DistillConfig, distill
@@ -48,7 +49,7 @@ def one(folder: Path, seed: int, method: str) -> dict:
     if done.is_file():
         return json.loads(done.read_text())
     steps = quickstart.Plan().opd
-    config = quickstart._opd(folder, seed, quickstart.Plan()).model_dump(mode="json")
+    config = quickstart._opd(folder, seed, quickstart.Plan(), SignedSums()).model_dump(mode="json")
     config |= {"output_dir": str(out), "loss": METHODS[method]}
     if method != "token":
         # the token-level run writes one answer to each of 64 prompts; four to each of 16 cost as many tokens

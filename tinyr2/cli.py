@@ -105,6 +105,8 @@ def quickstart(
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for models, data and runs.")] = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(min=0.01, help="About how long it may train on two cores.")] = 3.0,
+    terms: Annotated[int, typer.Option(min=2, max=3, help="How hard: the most numbers in a sum.")] = 3,
+    digits: Annotated[int, typer.Option(min=1, max=9, help="How hard: the most digits of a number.")] = 2,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -116,10 +118,12 @@ def quickstart(
     Example:
       tinyr2 quickstart --seed 1 --out runs/first
     """
+    from tinyr2.data.tasks import SignedSums
     from tinyr2.recipes.quickstart import quickstart as recipe
 
+    level = SignedSums(terms=terms, digits=digits)
     with _console(json) as console:
-        console.result(recipe(console, out=out, seed=seed, minutes=minutes, overwrite=overwrite))
+        console.result(recipe(console, out=out, seed=seed, minutes=minutes, level=level, overwrite=overwrite))
 
 
 @app.command()

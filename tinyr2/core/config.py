@@ -17,9 +17,9 @@ from tinyr2.core.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and an unknown key is an error."""
+    """Base of every config: frozen; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 T = TypeVar("T", bound=Config)

@@ -28,7 +28,13 @@ class SignedSums(Config):
     """How hard: sums of 2 … terms numbers of 1 … digits digits, the first positive, the result never negative."""
 
     terms: int = Field(3, ge=2, le=3)  # with four, a carry may pass what CARRY can write
-    digits: int = Field(3, ge=1, le=9)
+    digits: int = Field(2, ge=1, le=9)
+
+    @property
+    def longest_solution(self) -> int:
+        """Characters that no solution exceeds."""
+        column = len("0:=00;") + 2 * self.terms - 1
+        return (self.digits + 1) * column + len("####") + self.digits + 1
 
 
 @dataclass(frozen=True)

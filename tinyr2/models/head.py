@@ -84,7 +84,7 @@ def run(
     rows = max(1, chunk_elements // len(head.weight))
     student = prepare(hidden, head, temperature, rows)
     teacher = None if teacher_head is None else prepare(teacher_hidden, teacher_head, temperature, rows)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad():
         result, grads = _sweep(_Job(student, teacher, targets, objective, divergence, learns))
     if not any(learns):
         return result
@@ -126,7 +126,8 @@ def _sweep(job: _Job) -> tuple[HeadResult, list[Tensor | None]]:
             here = slice(rows.start - part.start, rows.stop - part.start)
             block = None if teacher_logits is None else teacher_logits[here]
             result.loss.add_(_block(job, rows, logits[here], block, result))
-        _accumulate(grads, side, part, logits)
+        if any(job.learns):
+            _accumulate(grads, side, part, logits)
     return result, grads
 
 
@@ -185,13 +186,15 @@ def _differentiate(
     prob: Tensor, target: Tensor, by_logp: Tensor | None, pull: Tensor | None, by_divergence: Tensor | None
 ) -> None:
     """Turns `prob` (n, V) into by_logp * (onehot(target) - prob) + by_divergence * pull, in its own memory."""
-    if by_logp is None:
-        prob.zero_() if by_divergence is None else torch.mul(pull, by_divergence[:, None], out=prob)
-        return
-    prob.mul_(-by_logp[:, None])
-    if by_divergence is not None:
-        prob.addcmul_(pull, by_divergence[:, None])
-    prob.scatter_(1, target, prob.gather(1, target) + by_logp[:, None])
+    if by_logp is None and by_divergence is None:
+        prob.zero_()
+    elif by_logp is None:
+        torch.mul(pull, by_divergence[:, None], out=prob)
+    else:
+        prob.mul_(-by_logp[:, None])
+        if by_divergence is not None:
+            prob.addcmul_(pull, by_divergence[:, None])
+        prob.scatter_(1, target, prob.gather(1, target) + by_logp[:, None])
 
 
 def _accumulate(grads: list[Tensor | None], side: Side, part: slice, by_logits: Tensor) -> None:

@@ -106,7 +106,7 @@ def prepare(hidden: Tensor, head: Head, temperature: float, rows: int) -> Side:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype whatever that of a and b."""
+    """out = a @ b, or out += a @ b, in out's dtype: autocast leaves products with an `out` alone."""
     wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}  # an argument that CUDA alone takes
     if add:
         torch.addmm(out, a, b, out=out, **wide)
@@ -118,5 +118,4 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """Logits (n, V) of a few states (n, D), as the model means them: what a decoder draws from."""
     side = prepare(hidden, head, 1.0, len(hidden))
-    with torch.autocast(hidden.device.type, enabled=False):
-        return side.temper(side.logits(slice(0, len(hidden))))
+    return side.temper(side.logits(slice(0, len(hidden))))

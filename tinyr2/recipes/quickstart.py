@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +37,10 @@ from tinyr2.report.table import result_table
 from tinyr2.rewards.grade import RewardConfig, load_reward
 from tinyr2.tokens.build import train_tokenizer
 
-TASK = SignedSums(terms=3, digits=3)
+LEVEL = SignedSums(terms=3, digits=2)
 MARKER = "quickstart.json"
 HELD_OUT, VALIDATION = 1024, 256
-SOLUTIONS = 512  # worked solutions that the student's side owns
+SOLUTIONS = 1024  # worked solutions that the student's side owns
 BASE_MINUTES = 3.0  # the steps below are for this many
 
 
@@ -63,8 +63,8 @@ class Plan:
     """How many steps each stage takes; three minutes on two cores."""
 
     teacher: int = 450
-    cold: int = 150
-    opd: int = 250
+    cold: int = 600
+    opd: int = 400
 
     def scaled(self, minutes: float) -> "Plan":
         """The same plan for another budget."""
@@ -73,19 +73,19 @@ class Plan:
 
 
 def quickstart(console: Console, *, out: Path, seed: int = 0, minutes: float = BASE_MINUTES,
-               overwrite: bool = False) -> dict:
+               level: SignedSums = LEVEL, overwrite: bool = False) -> dict:
     """Run all stages and print the table; returns what `--json` prints."""
     start = time.perf_counter()
     _claim(out, overwrite)
     plan = Plan().scaled(minutes)
     console.note(f"problems, tokenizer and two models with random weights go to {out}")
-    _prepare(out, seed)
+    _prepare(out, seed, level)
     rows: dict[str, dict] = {}
-    rows["teacher"] = _row(console, out, "teacher", lambda: _teacher(out, seed, plan))
-    rows["student_cold"] = _row(console, out, "student_cold", lambda: _cold(out, seed, plan))
-    rows["student_opd"] = _row(console, out, "student_opd", lambda: _opd(out, seed, plan))
+    rows["teacher"] = _row(console, out, "teacher", _teacher(out, seed, plan))
+    rows["student_cold"] = _row(console, out, "student_cold", _cold(out, seed, plan))
+    rows["student_opd"] = _row(console, out, "student_opd", _opd(out, seed, plan, level))
     steps = _equal_steps(out, rows["student_opd"]["seconds"])
-    rows["student_sft"] = _row(console, out, "student_sft", lambda: _sft(out, seed, steps))
+    rows["student_sft"] = _row(console, out, "student_sft", _sft(out, seed, steps, level))
     verdicts = {name: row.pop("correct") for name, row in rows.items()}
     write_atomic(out / "verdicts.json", json.dumps(verdicts) + "\n")
     result = {"rows": rows, "seconds": round(time.perf_counter() - start, 1), "seed": seed}
@@ -93,7 +93,8 @@ def quickstart(console: Console, *, out: Path, seed: int = 0, minutes: float = B
     write_atomic(out / "student_opd" / "result.json", json.dumps(result, indent=2) + "\n")
     report = write_report(out / "student_opd")
     console.table(result_table({name: _shown(row) for name, row in rows.items()},
-                               title=f"{TASK.terms}-term signed sums, {HELD_OUT} held-out problems, seed {seed}"))
+                               title=f"sums of up to {level.terms} terms of {level.digits} digits, "
+                                     f"{HELD_OUT} held-out problems, seed {seed}"))
     console.note(f"{result['seconds']:.0f} s · report {report}")
     return result
 
@@ -111,16 +112,16 @@ def _claim(out: Path, overwrite: bool) -> None:
     write_atomic(out / MARKER, "{}\n")
 
 
-def _prepare(out: Path, seed: int) -> None:
+def _prepare(out: Path, seed: int, level: SignedSums) -> None:
     """Problem files, tokenizer, and two models with random weights."""
-    train = signed_sums(TASK, "train", 30_000 + VALIDATION, seed)
+    train = signed_sums(level, "train", 30_000 + VALIDATION, seed)
     solved, validation = train[:-VALIDATION], train[-VALIDATION:]
     (out / "data").mkdir()
     _write(out / "data/teacher_solutions.jsonl", solved, solution=True)
     _write(out / "data/problems.jsonl", solved, solution=False)
     _write(out / "data/student_solutions.jsonl", solved[:SOLUTIONS], solution=True)
     _write(out / "data/validation.jsonl", validation, solution=False)
-    _write(out / "data/held_out.jsonl", signed_sums(TASK, "held_out", HELD_OUT, seed), solution=False)
+    _write(out / "data/held_out.jsonl", signed_sums(level, "held_out", HELD_OUT, seed), solution=False)
     texts = [m.content for p in solved[:2000] for m in (*p.messages, *p.completion)]
     tokenizer = train_tokenizer(texts, vocab_size=32, alphabet="corpus")
     for name, shape in (("teacher", TEACHER), ("student", STUDENT)):
@@ -132,7 +133,7 @@ def _qwen3(shape: Shape, tokenizer) -> Qwen3Config:
     return Qwen3Config(
         hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads, head_dim=shape.hidden // shape.heads, intermediate_size=shape.ffn,
-        vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), max_position_embeddings=256, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)
 
 
@@ -165,19 +166,22 @@ def _cold(out: Path, seed: int, plan: Plan) -> SftConfig:
         "train": _settings(seed, learning_rate=8e-3, max_steps=plan.cold)}, "student_cold")
 
 
-def _opd(out: Path, seed: int, plan: Plan) -> DistillConfig:
+def _opd(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillConfig:
     return build(DistillConfig, {
         "student": {"path": str(out / "student_cold/final")}, "teacher": {"path": str(out / "teacher/final")},
         "data": {"path": str(out / "data/problems.jsonl")}, "output_dir": str(out / "student_opd"),
-        "rollout": {"prompts_per_step": 64, "max_completion_length": 56},
+        "rollout": {"prompts_per_step": 64, "max_completion_length": level.longest_solution + 1},
+        # from a cold start this weak the forward KL learns faster than the reverse one: docs/log.md
+        "loss": {"level": "token", "divergence": {"kind": "forward_kl"}},
         "train": _settings(seed, learning_rate=8e-3, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
 
 
-def _sft(out: Path, seed: int, steps: int) -> SftConfig:
+def _sft(out: Path, seed: int, steps: int, level: SignedSums) -> SftConfig:
     return build(SftConfig, {
         "model": {"path": str(out / "student_cold/final")}, "data": {"path": str(out / "data/student_solutions.jsonl")},
         "eval_data": {"path": str(out / "data/validation.jsonl")}, "rewards": [{"name": "exact_answer"}],
-        "examples_per_step": 64, "output_dir": str(out / "student_sft"), "eval": {"max_completion_length": 56},
+        "examples_per_step": 64, "output_dir": str(out / "student_sft"),
+        "eval": {"max_completion_length": level.longest_solution + 1},
         "train": _settings(seed, learning_rate=8e-3, max_steps=steps, eval_steps=max(1, steps // 8),
                            load_best_model_at_end=True)}, "student_sft")
 
@@ -188,14 +192,14 @@ def _equal_steps(out: Path, seconds: float) -> int:
     return max(8, round(seconds / rate))
 
 
-def _row(console: Console, out: Path, name: str, make: Callable[[], Config]) -> dict:
+def _row(console: Console, out: Path, name: str, config: Config) -> dict:
     """Train and evaluate one model in a child process; its row of the table."""
     console.note(f"{name}:")
     # a server that has imported torch, so that no child pays for it, and that has computed nothing
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(send, make(), str(out), name, console.json_mode))
+    child = context.Process(target=_child, args=(send, config, str(out), name, console.json_mode))
     child.start()
     send.close()
     try:
@@ -230,8 +234,9 @@ def _measure(model_path: Path, data: Path) -> tuple[EvalResult, int, int]:
     config = ModelConfig(path=str(model_path))
     model, tokenizer = load_model(config, torch.device("cpu")), load_tokenizer(config)
     problems = load_problems(DataConfig(path=str(data)))
+    greedy = EvalConfig(max_completion_length=model.config.max_position_embeddings // 2)
     result = evaluate(setup.policy_of(model, tokenizer, model.config.vocab_size), problems,
-                      [load_reward(RewardConfig(name="exact_answer"))], EvalConfig(max_completion_length=56))
+                      [load_reward(RewardConfig(name="exact_answer"))], greedy)
     return result, *count_parameters(model)
 
 

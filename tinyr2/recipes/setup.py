@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -113,15 +114,10 @@ def train_to_end(run: Run, state: checkpoint.TrainState, job: Job, tokenizer: Pr
     ending = train(state, job)
     if ending == "finished":
         if job.config.load_best_model_at_end:
-            run.commit("final", lambda folder: _copy(run.folder / "best", folder))
+            run.commit("final", lambda folder: shutil.copytree(run.folder / "best", folder))
         else:
             run.commit("final", lambda folder: save_model(state.model, tokenizer, folder))
     return ending
-
-
-def seed_everything(seed: int) -> None:
-    """Torch's own generator, for whatever initializes weights before the first step."""
-    torch.manual_seed(derive(seed, "torch", "start"))
 
 
 def shared_vocabulary(student: int, teacher: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -132,9 +128,3 @@ def shared_vocabulary(student: int, teacher: int, tokenizer: PreTrainedTokenizer
         raise ConfigError(f"the tokenizer has {longest} ids, the models hold {student} and {teacher}: the smaller one "
                           "lacks tokens; take models and tokenizer that belong together")
     return vocab
-
-
-def _copy(source: Path, folder: Path) -> None:
-    import shutil
-
-    shutil.copytree(source, folder)

@@ -40,7 +40,7 @@ def decode_all(model: nn.Module, requests: Sequence[Request], sampling: Sampling
 
     `stop` ids end an answer; `vocab` crops a padded vocabulary to the ids that the tokenizer has.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # adapters train beside a body that does not
     model.eval()
     try:
         if not supports_packing(model):
@@ -49,7 +49,8 @@ def decode_all(model: nn.Module, requests: Sequence[Request], sampling: Sampling
             return padded.decode_all(model, requests, sampling, stop=stop, vocab=vocab, max_rows=max_rows)
         return _Engine(model, sampling, set(stop), head_of(model, vocab)).run(requests, max_rows)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 class _Engine:
