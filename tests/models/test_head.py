@@ -1,109 +1,24 @@
 """Objectives over hidden states in chunks, against the same thing written down over full logits."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.full_logits import HEADS, KINDS, Case, D, N, V, default_objective, make_case, naive, run_case
 from tinyr2.core.errors import ConfigError
 from tinyr2.models import head as head_module
 from tinyr2.models.head import Head, run, score
-from tinyr2.objectives.divergence import Divergence
-from tinyr2.objectives.policy import sampled_reverse_kl, weighted_nll
+from tinyr2.objectives.policy import sampled_reverse_kl
 
-N, D, V = 7, 5, 11
-KINDS = {"reverse_kl": Divergence(kind="reverse_kl"), "forward_kl": Divergence(kind="forward_kl"),
-         "jsd": Divergence(kind="jsd", beta=0.3)}
-HEADS = {"plain": {}, "scaled": {"scale": 0.7}, "softcapped": {"scale": 1.3, "softcap": 2.0}}
 CHUNKS = (1, V, 3 * V + 4, 2**23)  # less than a token, one token, three (uneven), all
 
 
-@dataclass
-class Case:
-    """A student, a teacher of another width, and weights that make every token count differently."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    teacher_hidden: torch.Tensor
-    teacher_weight: torch.Tensor
-    targets: torch.Tensor
-    credit: torch.Tensor
-    share: torch.Tensor
-
-    @property
-    def learned(self):
-        return (self.hidden, self.weight, self.bias)
-
-    def to(self, dtype):
-        cast = {name: x if x.dtype == torch.int64 else x.detach().to(dtype) for name, x in vars(self).items()}
-        return Case(**cast).learning()
-
-    def learning(self):
-        for x in self.learned:
-            x.requires_grad_()
-        return self
-
-
-def _case(n=N, d=D, v=V, seed=0):
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
-
-    return Case(normal(n, d), normal(v, d), normal(v), normal(n, d + 2), normal(v, d + 2),
-                torch.randint(v, (n,), generator=rng), normal(n), normal(n).abs() / max(1, n)).learning()
-
-
-def _objective(case, divergence):
-    def objective(scores):
-        loss = weighted_nll(scores.learner_logp, case.credit[scores.part], denom=N)
-        return loss if divergence is None else loss + (case.share[scores.part] * scores.divergence).sum()
-
-    return objective
-
-
-def _run(case, divergence=None, *, extra=None, objective=None, **kwargs):
-    teacher = {} if divergence is None else {
-        "teacher_hidden": case.teacher_hidden, "teacher_head": Head(case.teacher_weight)}
-    return run(case.hidden, Head(case.weight, case.bias, **(extra or {})), case.targets,
-               objective or _objective(case, divergence), divergence=divergence, **teacher, **kwargs)
-
-
-def _log_softmax(logits):
-    return logits - logits.exp().sum().log()
-
-
-def _naive(case, divergence=None, *, extra=None, temperature=1.0):
-    """Loss and streams, token by token, over full logits, through autograd."""
-    extra = {"scale": 1.0, "softcap": None} | (extra or {})
-    rows = []
-    for i in range(len(case.targets)):
-        logits = extra["scale"] * (case.weight @ case.hidden[i] + case.bias)
-        if extra["softcap"] is not None:
-            logits = extra["softcap"] * torch.tanh(logits / extra["softcap"])
-        student = _log_softmax(logits / temperature)
-        teacher = _log_softmax(case.teacher_weight @ case.teacher_hidden[i] / temperature)
-        s, t = student.exp(), teacher.exp()
-        value = torch.zeros((), dtype=s.dtype)
-        if divergence is not None:
-            m = divergence.beta * t + (1 - divergence.beta) * s
-            value = {
-                "reverse_kl": (s * (student - teacher)).sum(), "forward_kl": (t * (teacher - student)).sum(),
-                "jsd": divergence.beta * (t * (teacher - m.log())).sum()
-                + (1 - divergence.beta) * (s * (student - m.log())).sum()}[divergence.kind]
-        rows.append((student[case.targets[i]], value, -(s * student).sum(), teacher[case.targets[i]]))
-    logp, value, entropy, teacher_logp = (torch.stack(column) for column in zip(*rows, strict=True))
-    loss = -(case.credit * logp).sum() / N + (case.share * value).sum()
-    return loss, logp, value, entropy, teacher_logp
-
-
 def _assert_same(case, divergence, tolerance, exact, **kwargs):
-    result = _run(case, divergence, **kwargs)
+    result = run_case(case, divergence, **kwargs)
     got = torch.autograd.grad(result.loss, case.learned)
-    loss, logp, value, entropy, teacher_logp = _naive(
+    loss, logp, value, entropy, teacher_logp = naive(
         exact, divergence, extra=kwargs.get("extra"), temperature=kwargs.get("temperature", 1.0))
     expected = torch.autograd.grad(loss, exact.learned)
     pairs = [(result.loss, loss), (result.learner_logp, logp), (result.entropy, entropy)]
@@ -123,7 +38,7 @@ every_head = pytest.mark.parametrize("extra", HEADS.values(), ids=HEADS)
 @every_head
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 def test_values_and_gradients_are_those_over_full_logits_whatever_the_chunk(kind, extra, temperature):
-    case = _case()
+    case = make_case()
     for chunk in CHUNKS:
         _assert_same(case, KINDS.get(kind), 1e-10, case, extra=extra, temperature=temperature, chunk_elements=chunk)
 
@@ -131,7 +46,7 @@ def test_values_and_gradients_are_those_over_full_logits_whatever_the_chunk(kind
 @every_kind
 @every_head
 def test_float32_stays_within_1e_5_of_float64(kind, extra):
-    case = _case().to(torch.float32)
+    case = make_case().to(torch.float32)
     for chunk in CHUNKS:
         _assert_same(case, KINDS.get(kind), 1e-5, case.to(torch.float64), extra=extra, temperature=1.3,
                      chunk_elements=chunk)
@@ -141,18 +56,18 @@ def test_float32_stays_within_1e_5_of_float64(kind, extra):
 def test_blocks_inside_a_chunk_change_nothing(kind, monkeypatch):
     monkeypatch.setattr(head_module, "CACHED_ELEMENTS", 2 * V)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    case, parts = _case(), []
+    case, parts = make_case(), []
 
     def objective(scores):
         parts.append(scores.part)
-        return _objective(case, KINDS.get(kind))(scores)
+        return default_objective(case, KINDS.get(kind))(scores)
 
     _assert_same(case, KINDS.get(kind), 1e-10, case, objective=objective, chunk_elements=5 * V)
     assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 4), (4, 5), (5, 7)]
 
 
 def test_the_objective_sees_detached_streams_and_leaves_that_take_a_gradient():
-    case = _case()
+    case = make_case()
 
     def objective(scores):
         assert scores.learner_logp.is_leaf and scores.learner_logp.requires_grad
@@ -160,7 +75,7 @@ def test_the_objective_sees_detached_streams_and_leaves_that_take_a_gradient():
         assert not scores.entropy.requires_grad and not scores.teacher_logp.requires_grad
         return scores.divergence.sum()
 
-    result = _run(case, KINDS["jsd"], objective=objective)
+    result = run_case(case, KINDS["jsd"], objective=objective)
     assert result.loss.requires_grad
     for stream in (result.learner_logp, result.entropy, result.divergence, result.teacher_logp):
         assert not stream.requires_grad
@@ -168,11 +83,11 @@ def test_the_objective_sees_detached_streams_and_leaves_that_take_a_gradient():
 
 @pytest.mark.parametrize("use", ["learner_logp", "divergence"])
 def test_a_stream_that_the_objective_leaves_out_gets_no_gradient(use):
-    case = _case()
+    case = make_case()
     weights = {"learner_logp": case.credit, "divergence": case.share}
-    result = _run(case, KINDS["reverse_kl"], objective=lambda s: (weights[use][s.part] * getattr(s, use)).sum())
+    result = run_case(case, KINDS["reverse_kl"], objective=lambda s: (weights[use][s.part] * getattr(s, use)).sum())
     got = torch.autograd.grad(result.loss, case.learned)
-    _, logp, value, _, _ = _naive(case, KINDS["reverse_kl"])
+    _, logp, value, _, _ = naive(case, KINDS["reverse_kl"])
     stream = {"learner_logp": logp, "divergence": value}[use]
     expected = torch.autograd.grad((weights[use] * stream).sum(), case.learned)
     for a, b in zip(got, expected, strict=True):
@@ -180,15 +95,15 @@ def test_a_stream_that_the_objective_leaves_out_gets_no_gradient(use):
 
 
 def test_an_objective_that_does_not_depend_on_the_student_gives_gradients_of_zero():
-    case, rewards = _case(), torch.tensor([0.5, 1.0])
-    result = _run(case, objective=lambda s: -rewards.max().double())
+    case, rewards = make_case(), torch.tensor([0.5, 1.0])
+    result = run_case(case, objective=lambda s: -rewards.max().double())
     for gradient in torch.autograd.grad(result.loss, case.learned):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_equal_to_its_teacher_has_divergence_zero_and_gradient_zero(kind):
-    case = _case()
+    case = make_case()
     case = replace(case, teacher_hidden=case.hidden.detach(), teacher_weight=case.weight.detach())
     result = run(case.hidden, Head(case.weight), case.targets, lambda s: s.divergence.sum(), temperature=0.6,
                  divergence=KINDS[kind], teacher_hidden=case.teacher_hidden, teacher_head=Head(case.teacher_weight))
@@ -199,116 +114,29 @@ def test_a_student_equal_to_its_teacher_has_divergence_zero_and_gradient_zero(ki
 
 @every_kind
 def test_logits_of_plus_and_minus_80_stay_finite_and_right(kind):
-    case = _case(n=3)
+    case = make_case(n=3)
     steep = torch.linspace(-80, 80, V, dtype=torch.float64)
     case.hidden = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)
     case.weight, case.teacher_weight = steep[:, None].clone(), steep.roll(3)[:, None].clone()
     case.bias, case.teacher_hidden = torch.zeros(V, dtype=torch.float64), case.hidden.flip(0)
     low = case.to(torch.float32)
-    result = _run(low, KINDS.get(kind))
+    result = run_case(low, KINDS.get(kind))
     got = torch.autograd.grad(result.loss, low.learned)
     exact = case.to(torch.float64)
-    loss, *_ = _naive(exact, KINDS.get(kind))
+    loss, *_ = naive(exact, KINDS.get(kind))
     torch.testing.assert_close(result.loss.double(), loss, rtol=1e-5, atol=1e-5)
     for a, b in zip(got, torch.autograd.grad(loss, exact.learned), strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-class Spy(TorchDispatchMode):
-    """The largest (…, vocab) tensor that is no transposed weight, and how often each operation ran."""
-
-    def __init__(self, vocab):
-        super().__init__()
-        self.vocab, self.largest, self.calls = vocab, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        self.calls[name] = self.calls.get(name, 0) + 1
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if name != "t" and isinstance(x, torch.Tensor) and x.ndim and x.shape[-1] == self.vocab:
-                self.largest = max(self.largest, x.numel())
-        return out
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chunk", [64, 1000, 3001])
-def test_no_tensor_over_the_vocabulary_is_larger_than_a_chunk(kind, chunk):
-    vocab = 64
-    case = _case(n=200, d=4, v=vocab)
-    with Spy(vocab) as spy:
-        _run(case, KINDS[kind], chunk_elements=chunk).loss.backward()
-    assert chunk - vocab < spy.largest <= chunk
-
-
-def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens():
-    vocab, peaks = 512, []
-    for n in (64, 512):
-        case = _case(n=n, d=2, v=vocab)
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        with profile:
-            result = _run(case, KINDS["reverse_kl"], chunk_elements=16 * vocab)
-        del result
-        live = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        peaks.append(peak)
-    chunk = 16 * vocab * 8
-    assert 2 * chunk <= peaks[0]
-    assert peaks[1] < peaks[0] + chunk / 2 < 512 * vocab * 8
-
-
-def test_one_pass_makes_the_logits_of_each_model_once_and_no_gradient_that_nobody_wants():
-    case = _case()
-    whole = {"chunk_elements": 2**23}
-    products = {}
-    for name, frozen in (("all", ()), ("frozen head", ("weight", "bias")), ("frozen body", ("hidden",))):
-        for x in case.learned:
-            x.requires_grad_(True)
-        for x in frozen:
-            getattr(case, x).requires_grad_(False)
-        with Spy(V) as spy:
-            result = _run(case, KINDS["reverse_kl"], **whole)
-        products[name] = spy.calls.get("mm", 0), spy.calls.get("addmm", 0)
-        result.loss.backward()
-        for x in ("hidden", "weight", "bias"):
-            assert (getattr(case, x).grad is None) == (x in frozen)
-            getattr(case, x).grad = None
-    assert products == {"all": (3, 1), "frozen head": (3, 0), "frozen body": (2, 1)}
-
-
-def test_without_grad_mode_nothing_is_differentiated_and_the_values_stay():
-    case = _case()
-    with torch.no_grad(), Spy(V) as spy:
-        quiet = _run(case, KINDS["jsd"])
-    assert not quiet.loss.requires_grad
-    assert (spy.calls.get("mm", 0), spy.calls.get("addmm", 0)) == (2, 0)
-    loud = _run(case, KINDS["jsd"])
-    assert torch.equal(quiet.loss, loud.loss.detach()) and torch.equal(quiet.divergence, loud.divergence)
-
-
-def test_without_a_teacher_there_is_one_softmax_and_with_one_there_are_two():
-    case, head = _case(), Head(torch.randn(V, 3, dtype=torch.float64))
-    with Spy(V) as alone:
-        nothing = _run(case)
-    with Spy(V) as taught:
-        result = run(case.hidden, Head(case.weight), case.targets, lambda s: weighted_nll(s.learner_logp, denom=1),
-                     teacher_hidden=torch.randn(N, 3, dtype=torch.float64), teacher_head=head)
-    assert (alone.calls["_log_softmax"], taught.calls["_log_softmax"]) == (1, 2)
-    assert nothing.teacher_logp is None and nothing.divergence is None
-    assert result.divergence is None and len(result.teacher_logp) == N
-
-
 def test_the_sampled_form_needs_only_the_teachers_log_prob():
-    case = _case()
+    case = make_case()
     result = run(case.hidden, Head(case.weight, case.bias), case.targets,
                  lambda s: sampled_reverse_kl(s.learner_logp, s.teacher_logp, denom=N), temperature=0.6,
                  teacher_hidden=case.teacher_hidden, teacher_head=Head(case.teacher_weight), chunk_elements=2 * V)
     got = torch.autograd.grad(result.loss, case.learned)
-    _, logp, _, _, teacher_logp = _naive(case, temperature=0.6)
+    _, logp, _, _, teacher_logp = naive(case, temperature=0.6)
     expected = torch.autograd.grad(-((teacher_logp - logp).detach() * logp).sum() / N, case.learned)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -316,8 +144,8 @@ def test_the_sampled_form_needs_only_the_teachers_log_prob():
 
 @every_kind
 def test_no_tokens_give_loss_zero_and_gradients_of_zero(kind):
-    case = _case(n=0)
-    result = _run(case, KINDS.get(kind))
+    case = make_case(n=0)
+    result = run_case(case, KINDS.get(kind))
     result.loss.backward()
     assert result.loss.item() == 0.0
     for x in case.learned:
@@ -326,36 +154,36 @@ def test_no_tokens_give_loss_zero_and_gradients_of_zero(kind):
 
 
 def test_what_is_done_to_the_loss_reaches_the_gradients():
-    case = _case()
-    plain = torch.autograd.grad(_run(case, KINDS["jsd"]).loss, case.learned)
-    scaled = torch.autograd.grad(3 * _run(case, KINDS["jsd"]).loss + 1, case.learned)
+    case = make_case()
+    plain = torch.autograd.grad(run_case(case, KINDS["jsd"]).loss, case.learned)
+    scaled = torch.autograd.grad(3 * run_case(case, KINDS["jsd"]).loss + 1, case.learned)
     for a, b in zip(plain, scaled, strict=True):
         torch.testing.assert_close(3 * a, b, rtol=0, atol=1e-14)
 
 
 def test_a_second_backward_stops_instead_of_scaling_twice():
-    result = _run(_case())
+    result = run_case(make_case())
     result.loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="backward runs once"):
         result.loss.backward()
 
 
 def test_micro_batches_in_any_order_add_up_to_the_whole():
-    case = _case()
-    whole = torch.autograd.grad(_run(case, KINDS["reverse_kl"]).loss, case.learned)
+    case = make_case()
+    whole = torch.autograd.grad(run_case(case, KINDS["reverse_kl"]).loss, case.learned)
     for x in case.learned:
         x.grad = None
     for rows in ([4, 5], [0], [6, 2, 3, 1]):
         part = Case(case.hidden[rows], case.weight, case.bias, case.teacher_hidden[rows], case.teacher_weight,
                     case.targets[rows], case.credit[rows], case.share[rows])
-        _run(part, KINDS["reverse_kl"]).loss.backward()
+        run_case(part, KINDS["reverse_kl"]).loss.backward()
     for x, expected in zip(case.learned, whole, strict=True):
         torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-12)
 
 
 def test_a_token_has_the_same_scores_alone_and_in_company():
-    case = _case()
-    together = _run(case, KINDS["jsd"], chunk_elements=3 * V)
+    case = make_case()
+    together = run_case(case, KINDS["jsd"], chunk_elements=3 * V)
     for i in range(N):
         alone = run(case.hidden[i:i + 1], Head(case.weight, case.bias), case.targets[i:i + 1],
                     lambda s: s.divergence.sum(), divergence=KINDS["jsd"],
@@ -365,9 +193,9 @@ def test_a_token_has_the_same_scores_alone_and_in_company():
 
 
 def test_score_is_the_log_softmax_and_its_entropy_without_gradient():
-    case = _case()
+    case = make_case()
     logp, entropy = score(case.hidden, Head(case.weight, case.bias), case.targets, temperature=1.3)
-    _, expected, _, spread, _ = _naive(case, temperature=1.3)
+    _, expected, _, spread, _ = naive(case, temperature=1.3)
     torch.testing.assert_close(logp, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, spread.detach(), rtol=0, atol=1e-12)
     assert not logp.requires_grad and not entropy.requires_grad
@@ -380,34 +208,34 @@ def test_a_uniform_head_has_log_prob_and_entropy_of_log_v():
 
 
 def test_a_cropped_vocabulary_normalizes_over_the_kept_tokens_and_pads_the_gradient():
-    case = _case()
+    case = make_case()
     case.targets = case.targets % 8
     weight, bias = case.weight[:8], case.bias[:8]
     teacher = {"teacher_hidden": case.teacher_hidden, "teacher_head": Head(case.teacher_weight[:8])}
-    result = run(case.hidden, Head(weight, bias), case.targets, _objective(case, KINDS["jsd"]),
+    result = run(case.hidden, Head(weight, bias), case.targets, default_objective(case, KINDS["jsd"]),
                  divergence=KINDS["jsd"], chunk_elements=20, **teacher)
     got = torch.autograd.grad(result.loss, case.learned)
     small = Case(case.hidden, weight, bias, case.teacher_hidden, case.teacher_weight[:8], case.targets, case.credit,
                  case.share)
-    expected = torch.autograd.grad(_naive(small, KINDS["jsd"])[0], case.learned)
+    expected = torch.autograd.grad(naive(small, KINDS["jsd"])[0], case.learned)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     assert torch.equal(got[1][8:], torch.zeros(V - 8, D, dtype=torch.float64))
 
 
 def test_two_vocabularies_of_different_sizes_are_refused_with_the_cure():
-    case = _case()
+    case = make_case()
     case.teacher_weight = case.teacher_weight[:9]
     with pytest.raises(ConfigError, match=r"student's head has 11 tokens, the teacher's 9.*head_of\(model, vocab="):
-        _run(case, KINDS["reverse_kl"])
+        run_case(case, KINDS["reverse_kl"])
 
 
 def test_bfloat16_states_and_weights_are_computed_in_float32():
-    low = _case().to(torch.bfloat16)
-    result = _run(low, KINDS["reverse_kl"])
+    low = make_case().to(torch.bfloat16)
+    result = run_case(low, KINDS["reverse_kl"])
     got = torch.autograd.grad(result.loss, low.learned)
     high = low.to(torch.float32)
-    expected = _run(high, KINDS["reverse_kl"])
+    expected = run_case(high, KINDS["reverse_kl"])
     torch.testing.assert_close(result.learner_logp, expected.learner_logp, rtol=0, atol=1e-6)
     for a, b in zip(got, torch.autograd.grad(expected.loss, high.learned), strict=True):
         assert a.dtype == torch.bfloat16
@@ -415,21 +243,22 @@ def test_bfloat16_states_and_weights_are_computed_in_float32():
 
 
 def test_autocast_around_the_call_does_not_lower_its_precision():
-    case = _case().to(torch.float32)
-    plain = torch.autograd.grad(_run(case, KINDS["jsd"]).loss, case.learned)
+    case = make_case().to(torch.float32)
+    plain = torch.autograd.grad(run_case(case, KINDS["jsd"]).loss, case.learned)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = _run(case, KINDS["jsd"]).loss
+        loss = run_case(case, KINDS["jsd"]).loss
     for a, b in zip(torch.autograd.grad(loss, case.learned), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_bfloat16_on_cuda_accumulates_in_float32():
-    low = _case(n=64, d=32, v=256).to(torch.bfloat16)
+    low = make_case(n=64, d=32, v=256).to(torch.bfloat16)
     cuda = Case(**{name: x.detach().cuda() for name, x in vars(low).items()}).learning()
-    result = _run(cuda, KINDS["reverse_kl"], chunk_elements=20 * 256)
+    result = run_case(cuda, KINDS["reverse_kl"], chunk_elements=20 * 256)
     high = low.to(torch.float64)
-    expected = _run(high, KINDS["reverse_kl"])
+    expected = run_case(high, KINDS["reverse_kl"])
     torch.testing.assert_close(result.learner_logp.cpu().double(), expected.learner_logp, rtol=0, atol=1e-4)
     got = torch.autograd.grad(result.loss, cuda.learned)
     for a, b in zip(got, torch.autograd.grad(expected.loss, high.learned), strict=True):

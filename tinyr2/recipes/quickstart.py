@@ -54,7 +54,7 @@ class Shape:
     ffn: int
 
 
-TEACHER = Shape(hidden=104, layers=4, heads=4, ffn=288)
+TEACHER = Shape(hidden=144, layers=2, heads=4, ffn=432)
 STUDENT = Shape(hidden=32, layers=2, heads=2, ffn=96)
 
 
@@ -156,7 +156,7 @@ def _teacher(out: Path, seed: int, plan: Plan) -> SftConfig:
     return build(SftConfig, {
         "model": {"path": str(out / "init/teacher")}, "data": {"path": str(out / "data/teacher_solutions.jsonl")},
         "examples_per_step": 64, "output_dir": str(out / "teacher"),
-        "train": _settings(seed, learning_rate=4e-3, max_steps=plan.teacher)}, "teacher")
+        "train": _settings(seed, learning_rate=5e-3, max_steps=plan.teacher)}, "teacher")
 
 
 def _cold(out: Path, seed: int, plan: Plan) -> SftConfig:
