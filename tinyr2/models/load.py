@@ -22,6 +22,7 @@ from tinyr2.core.config import Config
 from tinyr2.core.errors import ConfigError, DataError
 
 DType = Literal["float32", "bfloat16"]
+HeldDType = Literal["auto", "float32", "bfloat16"]  # auto: bfloat16 on CUDA, float32 elsewhere
 
 
 class LoraConfig(Config):
@@ -38,7 +39,7 @@ class ModelConfig(Config):
 
     path: str
     revision: str | None = None
-    dtype: DType | Literal["auto"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+    dtype: HeldDType = "auto"
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyr2.core.errors import ConfigError
 from tinyr2.core.rng import derive
 from tinyr2.models.load import (
-    DType,
+    HeldDType,
     LoraConfig,
     ModelConfig,
     add_lora,
@@ -36,7 +35,7 @@ from tinyr2.train.optim import make_optimizer
 class StudentConfig(ModelConfig):
     """The model that is trained; its weights are float32, on CUDA its products bfloat16."""
 
-    dtype: DType | Literal["auto"] = "float32"
+    dtype: HeldDType = "float32"
     lora: LoraConfig | None = None  # None: train all parameters
 
 
