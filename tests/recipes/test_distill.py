@@ -241,7 +241,8 @@ def test_the_final_folder_is_a_plain_model_that_moved(kind, world, done):
 
 def test_the_final_model_is_the_last_checkpoints(done):
     folder = done("reverse_kl").folder
-    saved, named = load_file(folder / "checkpoints/step-00000003/model.safetensors"), stock(folder / "final").state_dict()
+    saved = load_file(folder / "checkpoints/step-00000003/model.safetensors")
+    named = stock(folder / "final").state_dict()
     assert all(torch.equal(saved[name], named[name]) for name in saved)
 
 
@@ -416,9 +417,11 @@ def test_a_step_whose_rollouts_all_failed_learns_nothing_and_the_run_goes_on(wor
 
 @pytest.mark.parametrize("name", ["token", "sequence"])
 def test_twenty_steps_follow_the_golden_curve(name, world, tmp_path):
+    # the cooler, the farther apart the two random models are: a divergence near 0 is all rounding
+    changes = SEQUENCE if name == "sequence" else ["rollout.temperature=0.3"]
     outcome = tiny.go(tiny.settings(
-        "distill", world, tmp_path / "run", *(SEQUENCE if name == "sequence" else ()), "train.deterministic=true",
-        "train.max_steps=20", "train.save_steps=100", "train.warmup_steps=5", "train.log_completions_steps=0"))
+        "distill", world, tmp_path / "run", *changes, "train.deterministic=true", "train.max_steps=20",
+        "train.save_steps=100", "train.warmup_steps=5", "train.log_completions_steps=0"))
     tiny.compare_with_golden(f"distill_{name}", outcome.column("loss"))
 
 
@@ -491,12 +494,14 @@ def test_gsm8k_with_a_real_tokenizer_and_its_chat_template(tmp_path):
             hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
             intermediate_size=32, vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)), tokenizer, tmp_path / name)
+    columns = "columns: {prompt: question}, answer_after: '####'"
     outcome = tiny.go(tiny.settings(
-        "distill", tmp_path, tmp_path / "run", "eval_data={path: %s/data/gsm8k_test.jsonl, limit: 2, answer_after: '####', "
-        "columns: {prompt: question}}" % SHARED, f"data.path={SHARED}/data/gsm8k_train.jsonl", "data.answer_after='####'",
-        "data.columns={prompt: question}", "data.limit=8", "train.max_steps=2"))
-    prompt = tokenizer.decode(outcome.steps[0].rollouts[0].prompt_ids)
-    assert outcome.steps[0].rollouts[0].problem.messages[0].content in prompt and prompt.endswith("assistant\n")
+        "distill", tmp_path, tmp_path / "run", f"data={{path: {SHARED}/data/gsm8k_train.jsonl, limit: 8, {columns}}}",
+        f"eval_data={{path: {SHARED}/data/gsm8k_test.jsonl, limit: 2, {columns}}}", "train.max_steps=2"))
+    rollout = outcome.steps[0].rollouts[0]
+    question = rollout.problem.messages[0].content
+    prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant"
+    assert tokenizer.decode(rollout.prompt_ids).startswith(prompt)
     expected = naive_loss(outcome.config, readings_of(outcome, 0, tmp_path), 0.0)
     assert outcome.column("loss")[0] == pytest.approx(expected, rel=2e-5)
     assert outcome.rows[-1]["eval_kl"] > 0

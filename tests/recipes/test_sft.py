@@ -27,7 +27,8 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory) -> tiny.Outcome:
     """Three plain steps."""
-    return tiny.go(tiny.settings("sft", world, tmp_path_factory.mktemp("runs") / "plain", "train.eval_steps=2", *GREEDY))
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    return tiny.go(tiny.settings("sft", world, out, "train.eval_steps=2", *GREEDY))
 
 
 def stock(folder: Path):
@@ -117,8 +118,8 @@ def test_the_end_of_an_answer_is_learned_where_padding_is_the_same_token(world, 
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": end}))
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "completion": "####2", "answer": "2"}\n')
     outcome = tiny.go(tiny.settings(
-        "sft", world, tmp_path / "run", f"model.path={folder}", f"data.path={tmp_path}/one.jsonl", "examples_per_step=2",
-        f"eval_data={{path: {tmp_path}/one.jsonl}}", "rewards=[{name: exact_answer}]", "eval.max_completion_length=8",
+        "sft", world, tmp_path / "run", f"model.path={folder}", f"data.path={tmp_path}/one.jsonl",
+        "examples_per_step=2", f"eval_data={{path: {tmp_path}/one.jsonl}}", "rewards=[{name: exact_answer}]", "eval.max_completion_length=8",
         "train.max_steps=30", "train.learning_rate=3e-2", "train.save_steps=100"))
     scores = outcome.steps[0].scores
     assert [r.response_ids[-1] for r in scores.rollouts] == [end, end]

@@ -148,7 +148,7 @@ def _write(path: Path, problems: Sequence[Problem], *, solution: bool) -> None:
 
 
 def _settings(seed: int, **more) -> dict:
-    # one thread: a second gains nothing on products as small as the student's (docs/log.md)
+    # one thread: a second gains little on products this small, and loses much on a busy machine (docs/log.md)
     return {"optim": "muon", "seed": seed, "save_steps": 10_000, "warmup_steps": 20, "tokens_per_micro_batch": 65536,
             "num_threads": 1} | more
 
@@ -157,7 +157,7 @@ def _teacher(out: Path, seed: int, plan: Plan) -> SftConfig:
     return build(SftConfig, {
         "model": {"path": str(out / "init/teacher")}, "data": {"path": str(out / "data/teacher_solutions.jsonl")},
         "examples_per_step": 64, "output_dir": str(out / "teacher"),
-        "train": _settings(seed, learning_rate=5e-3, max_steps=plan.teacher, num_threads=0)}, "teacher")
+        "train": _settings(seed, learning_rate=5e-3, max_steps=plan.teacher)}, "teacher")
 
 
 def _cold(out: Path, seed: int, plan: Plan) -> SftConfig:

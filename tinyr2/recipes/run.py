@@ -31,6 +31,7 @@ from tinyr2.train.loop import StepResult
 
 CONFIG, ENV = "config.resolved.yaml", "env.json"
 JOURNALS = ("metrics", "timing", "events")
+_OURS = str(Path(__file__).parents[1])  # a virtual environment inside the project is not ours
 
 
 class Run:
@@ -169,7 +170,7 @@ def _told_once(console: Console) -> Iterator[None]:
 
     def tell(message, category, filename, lineno, file=None, line=None):
         text = str(message)
-        if "tinyr2" not in filename:
+        if not filename.startswith(_OURS):
             before(message, category, filename, lineno, file, line)
         elif text not in told:
             told.add(text)
