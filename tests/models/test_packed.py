@@ -98,3 +98,11 @@ def test_the_model_keeps_the_attention_that_it_had():
     before = model.config._attn_implementation
     packed.hidden_states(model, *pack(rows_of([3])))
     assert model.config._attn_implementation == before
+
+
+def test_a_pack_runs_under_autocast_as_its_rows_do_alone():
+    model, rows = make("qwen3"), rows_of([5, 9, 2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        together = packed.hidden_states(model, *pack(rows)).float()
+        alone = torch.cat([model.model(r[None], use_cache=False).last_hidden_state[0] for r in rows]).float()
+    torch.testing.assert_close(together, alone, rtol=0, atol=0.05)

@@ -119,8 +119,8 @@ def test_the_end_of_an_answer_is_learned_where_padding_is_the_same_token(world, 
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "completion": "####2", "answer": "2"}\n')
     outcome = tiny.go(tiny.settings(
         "sft", world, tmp_path / "run", f"model.path={folder}", f"data.path={tmp_path}/one.jsonl",
-        "examples_per_step=2", f"eval_data={{path: {tmp_path}/one.jsonl}}", "rewards=[{name: exact_answer}]", "eval.max_completion_length=8",
-        "train.max_steps=30", "train.learning_rate=3e-2", "train.save_steps=100"))
+        "examples_per_step=2", f"eval_data={{path: {tmp_path}/one.jsonl}}", "rewards=[{name: exact_answer}]",
+        "eval.max_completion_length=8", "train.max_steps=30", "train.learning_rate=3e-2", "train.save_steps=100"))
     scores = outcome.steps[0].scores
     assert [r.response_ids[-1] for r in scores.rollouts] == [end, end]
     assert len(scores.learner_logp) == sum(len(r.response_ids) for r in scores.rollouts)

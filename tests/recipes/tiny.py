@@ -97,8 +97,8 @@ def compare_with_golden(name: str, losses: list[float]) -> None:
     """`losses` against tests/golden/<name>.json; TINYR2_WRITE_GOLDEN=1 writes that file anew instead.
 
     On one machine the curve repeats to the bit. Other processors sum in another order: with torch's kernels and MKL
-    held to SSE or AVX2, these curves differ from AVX-512's by 2e-6 at most. 1e-4 is far above that, and far below what a
-    changed formula, seed or schedule does.
+    held to SSE or AVX2, these curves differ from AVX-512's by 2e-6 at most. 1e-4 is far above that, and far below what
+    a changed formula, seed or schedule does.
     """
     path = GOLDEN / f"{name}.json"
     if os.environ.get("TINYR2_WRITE_GOLDEN") == "1":

@@ -70,3 +70,14 @@ def test_decoding_leaves_the_model_in_its_mode():
     decode_all(model, REQUESTS[:1], SamplingConfig(), stop=STOP)
     assert model.training
     assert not any(isinstance(p, torch.Tensor) and p.grad is not None for p in model.parameters())
+
+
+def test_decoding_under_autocast_gives_log_probs_near_those_in_float32():
+    model = make("qwen3")
+    exact = decode_all(model, REQUESTS, SamplingConfig(), stop=())
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = decode_all(model, REQUESTS, SamplingConfig(), stop=())
+    pairs = zip(exact, coarse, strict=True)
+    first = [(a.logp[0], b.logp[0]) for a, b in pairs if a.response_ids[0] == b.response_ids[0]]
+    assert len(first) >= 6
+    assert all(abs(a - b) < 0.05 for a, b in first)

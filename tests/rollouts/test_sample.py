@@ -56,7 +56,7 @@ def test_every_rollout_is_what_the_slow_decoder_writes_from_its_derived_seed():
     found = sample(policy(), PROBLEMS, n=3, sampling=SamplingConfig(temperature=0.7, max_completion_length=9), seed=5,
                    step=4)
     for r in found:
-        seed = derive(5, "student", 4, r.problem.id, r.group, r.sample)
+        seed = derive(5, "student", 4, r.problem.id, 0, r.sample)  # no problem comes twice
         answer = slow_decode(Cropped(qwen3()), Request(r.prompt_ids, seed, 9), 0.7, {TOKENIZER.eos_token_id})
         assert (r.response_ids, r.finish) == (answer.response_ids, answer.finish)
         assert r.actor_logp == pytest.approx(answer.logp, abs=2e-5)
@@ -111,3 +111,10 @@ def test_decoding_leaves_every_module_in_the_mode_that_it_had():
     assert set(modes) == {True, False}
     decode_all(model, [Request((3, 4), 0, 3)], SAMPLING, stop=(2,))
     assert [m.training for m in model.modules()] == modes
+
+
+def test_a_problem_gets_the_same_answers_whatever_stands_beside_it_and_others_when_it_comes_again():
+    alone = sample(policy(), PROBLEMS[1:2], n=2, sampling=SAMPLING, seed=5)
+    among = sample(policy(), [PROBLEMS[0], PROBLEMS[1], PROBLEMS[1]], n=2, sampling=SAMPLING, seed=5)
+    assert [r.response_ids for r in alone] == [r.response_ids for r in among[2:4]]
+    assert [r.response_ids for r in among[2:4]] != [r.response_ids for r in among[4:6]]

@@ -73,7 +73,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Layout, *, scaling: 
     query (1, H, T, D)   key, value (1, H_kv, T, D)   → (1, T, H, D_v)
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
     parts, places = [], []
     for bucket in rows.buckets:
         b, width = bucket.cells.shape
@@ -82,9 +81,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Layout, *, scaling: 
         mask = _band(width, window, q.device) if window is not None and width > window else None
         ob = F.scaled_dot_product_attention(qb, kb, vb, attn_mask=mask, is_causal=mask is None, scale=scaling,
                                             dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
-        parts.append(ob.transpose(1, 2).reshape(b * width, *out.shape[1:]).index_select(0, bucket.kept))
+        parts.append(ob.transpose(1, 2).reshape(b * width, q.shape[1], v.shape[-1]).index_select(0, bucket.kept))
         places.append(bucket.packed)
-    return out.index_copy(0, torch.cat(places), torch.cat(parts))[None]
+    values = torch.cat(parts)  # under autocast its dtype is not the query's
+    return torch.empty_like(values).index_copy(0, torch.cat(places), values)[None]
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

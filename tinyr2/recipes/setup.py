@@ -61,8 +61,8 @@ def load_student(config: StudentConfig, device: torch.device, seed: int) -> nn.M
     """The student, adapters on it where the config asks for them."""
     model = load_model(config, device)
     if config.lora is None:
-        return model.requires_grad_(True)
-    return add_lora(model, config.lora, derive(seed, "lora")).to(device)
+        return model.requires_grad_(True).train()
+    return add_lora(model, config.lora, derive(seed, "lora")).to(device).train()
 
 
 def policy_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab: int, version: int = 0) -> Policy:

@@ -3,6 +3,7 @@
 In: problems. Out: rollouts, problem by problem, with tokens, text and the log-prob of every sampled token.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,13 +33,19 @@ class Policy:
 
 def sample(policy: Policy, problems: Sequence[Problem], *, n: int, sampling: SamplingConfig, seed: int, step: int = 0,
            author: Author = "student", max_rows: int = 256) -> list[Rollout]:
-    """n answers to each problem, problem-major; every answer's random numbers follow from
-    (seed, author, step, problem id, place in `problems`, sample)."""
+    """n answers to each problem, problem-major.
+
+    An answer's random numbers follow from (seed, author, step, problem id, how often that problem came before in
+    `problems`, sample), and from nothing else.
+    """
     prompts = [render_prompt(policy.tokenizer, p.messages) for p in problems]
     requests = []
-    for place, (problem, prompt) in enumerate(zip(problems, prompts, strict=True)):
+    seen: Counter[str] = Counter()
+    for problem, prompt in zip(problems, prompts, strict=True):
         room = _room(policy, problem, prompt, sampling.max_completion_length)
-        requests += [Request(prompt, derive(seed, author, step, problem.id, place, i), room) for i in range(n)]
+        before = seen[problem.id]
+        requests += [Request(prompt, derive(seed, author, step, problem.id, before, i), room) for i in range(n)]
+        seen[problem.id] += 1
     answers = decode_all(policy.model, requests, sampling, stop=policy.stop, vocab=policy.vocab, max_rows=max_rows)
     own = author == "student"
     return [Rollout(

@@ -83,7 +83,7 @@ def run(state: checkpoint.TrainState, job: Job) -> Ending:
     state.monitor.setdefault("best", None)
     if state.step == 0 and job.config.eval_on_start and job.evaluate is not None:
         start = time.perf_counter()
-        found = job.evaluate(0)
+        found = _measured(state, job)
         job.recorder.record({"step": 0, **found}, {"step": 0, "eval_s": time.perf_counter() - start}, [])
     with _signals() as asked:
         while state.step < job.config.max_steps:
@@ -134,7 +134,7 @@ def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
     every, last = job.config.eval_steps, state.step == job.config.max_steps
     if job.evaluate is None or not (last or (every and state.step % every == 0)):
         return {}
-    metrics = job.evaluate(state.step)
+    metrics = _measured(state, job)
     if job.config.load_best_model_at_end and metrics:
         value = _goodness(metrics)
         best = state.monitor["best"]
@@ -142,6 +142,14 @@ def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
             state.monitor["best"] = {"step": state.step, "value": value}
             job.keep_best()
     return metrics
+
+
+def _measured(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
+    """One evaluation, without dropout."""
+    state.model.eval()
+    found = job.evaluate(state.step)
+    state.model.train()
+    return found
 
 
 def _goodness(metrics: Mapping[str, float]) -> float:
