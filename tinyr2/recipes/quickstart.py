@@ -174,6 +174,7 @@ def _opd(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillConfig:
         "rollout": {"prompts_per_step": 64, "max_completion_length": level.longest_solution + 1},
         # from a cold start this weak the forward KL learns faster than the reverse one: docs/log.md
         "loss": {"level": "token", "divergence": {"kind": "forward_kl"}},
+        "rewards": [{"name": "exact_answer"}],  # a curve to look at; a token-level loss does not read it
         "train": _settings(seed, learning_rate=8e-3, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
 
 

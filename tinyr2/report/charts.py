@@ -81,7 +81,7 @@ def short(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if 1e12 > size >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
-    return f"{value:.2e}" if size < 1e-3 or size >= 1e12 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"
+    return f"{value:.2g}" if size < 1e-3 or size >= 1e12 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
 def _linear_axis(low: float, high: float, whole: bool = False) -> tuple[float, float, list[float]]:
