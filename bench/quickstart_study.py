@@ -99,7 +99,7 @@ def control(out: Path, seed: int, seconds: float) -> tuple[dict, list[bool | Non
         f"train.eval_steps={max(1, steps // 8)}"])
     sft(base, Console(plain=True), overwrite=(out / CONTROL).exists())
     trained = sum(r.get("step_s", 0.0) for r in read_jsonl(out / CONTROL / "timing.jsonl"))
-    measured, total, inner = quickstart._measure(out / CONTROL / "final", out / "data/held_out.jsonl")
+    measured, total, inner = quickstart.measure(out / CONTROL / "final", out / "data/held_out.jsonl")
     figure = measured.pass_at[1]
     return ({"params": total, "params_without_embeddings": inner, "pass_at_1": figure.value, "low": figure.low,
              "high": figure.high, "n": figure.n, "seconds": round(trained, 1), "steps": steps, "examples": count},

@@ -49,7 +49,7 @@ def one(folder: Path, seed: int, method: str) -> dict:
     if done.is_file():
         return json.loads(done.read_text())
     steps = quickstart.Plan().opd
-    config = quickstart._opd(folder, seed, quickstart.Plan(), SignedSums()).model_dump(mode="json")
+    config = quickstart.opd_config(folder, seed, quickstart.Plan(), SignedSums()).model_dump(mode="json")
     config |= {"output_dir": str(out), "loss": METHODS[method]}
     if method != "token":
         # the token-level run writes one answer to each of 64 prompts; four to each of 16 cost as many tokens
@@ -57,7 +57,7 @@ def one(folder: Path, seed: int, method: str) -> dict:
         config["rewards"] = [{"name": "exact_answer"}]
     config["train"] |= {"max_steps": steps}
     distill(build(DistillConfig, config, method), Console(plain=True), overwrite=out.exists())
-    measured, _, _ = quickstart._measure(out / "final", folder / "data/held_out.jsonl")
+    measured, _, _ = quickstart.measure(out / "final", folder / "data/held_out.jsonl")
     batch = config["rollout"]["prompts_per_step"] * config["rollout"]["num_generations"]
     generated = sum(r["completions/mean_length"] * batch for r in read_jsonl(out / "metrics.jsonl"))
     seconds = sum(r["step_s"] for r in read_jsonl(out / "timing.jsonl"))

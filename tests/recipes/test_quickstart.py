@@ -27,7 +27,7 @@ def prepared(tmp_path_factory) -> Path:
     """Problems, tokenizer and the two models with random weights, as every quickstart begins."""
     out = tmp_path_factory.mktemp("quickstart")
     with tiny.torch_as_it_was():
-        q._prepare(out, 0, q.LEVEL)
+        q.prepare(out, 0, q.LEVEL)
     return out
 
 
@@ -99,7 +99,7 @@ def test_answers_and_solutions_are_right(prepared):
 
 
 def test_another_seed_gives_other_problems_and_weights_and_the_same_split(prepared, tmp_path):
-    q._prepare(tmp_path, 1, q.LEVEL)
+    q.prepare(tmp_path, 1, q.LEVEL)
     assert rows(tmp_path, "problems") != rows(prepared, "problems")
     weights = [(out / "init/student/model.safetensors").read_bytes() for out in (prepared, tmp_path)]
     assert weights[0] != weights[1]
@@ -112,8 +112,8 @@ def test_every_solution_fits_where_answers_are_cut_and_in_the_context(level, pre
     from tinyr2.data.tasks import signed_sums
 
     tokenizer = AutoTokenizer.from_pretrained(prepared / "init/student")
-    limit = q._opd(tmp_path, 0, PLAN, level).rollout.max_completion_length
-    assert limit == q._sft(tmp_path, 0, 8, level).eval.max_completion_length
+    limit = q.opd_config(tmp_path, 0, PLAN, level).rollout.max_completion_length
+    assert limit == q.sft_config(tmp_path, 0, 8, level).eval.max_completion_length
     sizes = [[len(part) for part in render_example(tokenizer, p.messages, p.completion)]
              for p in signed_sums(level, "train", 500, 0)]
     assert max(response for _, response in sizes) <= limit
@@ -135,8 +135,8 @@ def test_tokenizer_and_models_belong_together_and_every_digit_is_a_token(prepare
 
 
 def stages(out: Path) -> dict:
-    return {"teacher": q._teacher(out, 3, PLAN), "student_cold": q._cold(out, 3, PLAN),
-            "student_opd": q._opd(out, 3, PLAN, q.LEVEL), "student_sft": q._sft(out, 3, 16, q.LEVEL)}
+    return {"teacher": q.teacher_config(out, 3, PLAN), "student_cold": q.cold_config(out, 3, PLAN),
+            "student_opd": q.opd_config(out, 3, PLAN, q.LEVEL), "student_sft": q.sft_config(out, 3, 16, q.LEVEL)}
 
 
 def test_every_stage_writes_where_the_next_one_reads_with_its_own_steps_and_the_seed(tmp_path):

@@ -79,13 +79,13 @@ def quickstart(console: Console, *, out: Path, seed: int = 0, minutes: float = B
     _claim(out, overwrite)
     plan = Plan().scaled(minutes)
     console.note(f"problems, tokenizer and two models with random weights go to {out}")
-    _prepare(out, seed, level)
+    prepare(out, seed, level)
     rows: dict[str, dict] = {}
-    rows["teacher"] = _row(console, out, "teacher", _teacher(out, seed, plan))
-    rows["student_cold"] = _row(console, out, "student_cold", _cold(out, seed, plan))
-    rows["student_opd"] = _row(console, out, "student_opd", _opd(out, seed, plan, level))
+    rows["teacher"] = _row(console, out, "teacher", teacher_config(out, seed, plan))
+    rows["student_cold"] = _row(console, out, "student_cold", cold_config(out, seed, plan))
+    rows["student_opd"] = _row(console, out, "student_opd", opd_config(out, seed, plan, level))
     steps = _equal_steps(out, rows["student_opd"]["seconds"])
-    rows["student_sft"] = _row(console, out, "student_sft", _sft(out, seed, steps, level))
+    rows["student_sft"] = _row(console, out, "student_sft", sft_config(out, seed, steps, level))
     verdicts = {name: row.pop("correct") for name, row in rows.items()}
     write_atomic(out / "verdicts.json", json.dumps(verdicts) + "\n")
     result = {"rows": rows, "seconds": round(time.perf_counter() - start, 1), "seed": seed}
@@ -112,7 +112,7 @@ def _claim(out: Path, overwrite: bool) -> None:
     write_atomic(out / MARKER, "{}\n")
 
 
-def _prepare(out: Path, seed: int, level: SignedSums) -> None:
+def prepare(out: Path, seed: int, level: SignedSums) -> None:
     """Problem files, tokenizer, and two models with random weights."""
     train = signed_sums(level, "train", 30_000 + VALIDATION, seed)
     solved, validation = train[:-VALIDATION], train[-VALIDATION:]
@@ -153,21 +153,24 @@ def _settings(seed: int, **more) -> dict:
             "num_threads": 1} | more
 
 
-def _teacher(out: Path, seed: int, plan: Plan) -> SftConfig:
+def teacher_config(out: Path, seed: int, plan: Plan) -> SftConfig:
+    """The teacher learns from every solution there is."""
     return build(SftConfig, {
         "model": {"path": str(out / "init/teacher")}, "data": {"path": str(out / "data/teacher_solutions.jsonl")},
         "examples_per_step": 64, "output_dir": str(out / "teacher"),
         "train": _settings(seed, learning_rate=5e-3, max_steps=plan.teacher)}, "teacher")
 
 
-def _cold(out: Path, seed: int, plan: Plan) -> SftConfig:
+def cold_config(out: Path, seed: int, plan: Plan) -> SftConfig:
+    """The student learns from the few solutions of its own."""
     return build(SftConfig, {
         "model": {"path": str(out / "init/student")}, "data": {"path": str(out / "data/student_solutions.jsonl")},
         "examples_per_step": 64, "output_dir": str(out / "student_cold"),
         "train": _settings(seed, learning_rate=8e-3, max_steps=plan.cold)}, "student_cold")
 
 
-def _opd(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillConfig:
+def opd_config(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillConfig:
+    """The cold student answers problems without solutions, and the teacher judges each token."""
     return build(DistillConfig, {
         "student": {"path": str(out / "student_cold/final")}, "teacher": {"path": str(out / "teacher/final")},
         "data": {"path": str(out / "data/problems.jsonl")}, "output_dir": str(out / "student_opd"),
@@ -178,7 +181,8 @@ def _opd(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillConfig:
         "train": _settings(seed, learning_rate=8e-3, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
 
 
-def _sft(out: Path, seed: int, steps: int, level: SignedSums) -> SftConfig:
+def sft_config(out: Path, seed: int, steps: int, level: SignedSums) -> SftConfig:
+    """The control: the cold student goes on with its own solutions; its best checkpoint counts."""
     return build(SftConfig, {
         "model": {"path": str(out / "student_cold/final")}, "data": {"path": str(out / "data/student_solutions.jsonl")},
         "eval_data": {"path": str(out / "data/validation.jsonl")}, "rewards": [{"name": "exact_answer"}],
@@ -220,7 +224,7 @@ def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
     start = time.perf_counter()
     outcome = (distill if isinstance(config, DistillConfig) else sft)(config, console)
     trained = sum(row.get("step_s", 0.0) for row in read_jsonl(Path(outcome["run"]) / "timing.jsonl"))
-    result, total, inner = _measure(Path(outcome["model"]), Path(out) / "data/held_out.jsonl")
+    result, total, inner = measure(Path(outcome["model"]), Path(out) / "data/held_out.jsonl")
     console.note(f"{name}: pass@1 {result.pass_at[1].value:.3f}, trained {trained:.0f} s of "
                  f"{time.perf_counter() - start:.0f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
@@ -232,7 +236,8 @@ def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
     send.close()
 
 
-def _measure(model_path: Path, data: Path) -> tuple[EvalResult, int, int]:
+def measure(model_path: Path, data: Path) -> tuple[EvalResult, int, int]:
+    """Greedy pass@1 of a model folder on a problem file, and its parameters, with and without embeddings."""
     config = ModelConfig(path=str(model_path))
     model, tokenizer = load_model(config, torch.device("cpu")), load_tokenizer(config)
     problems = load_problems(DataConfig(path=str(data)))
