@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -163,8 +164,13 @@ def test_what_the_actor_sampled_is_what_the_learner_scores_at_every_update(kind,
 def test_the_authors_are_those_that_were_asked_for(kind, done):
     authors = {"teacher_writes": {"student", "teacher"}, "teacher_alone": {"teacher"}, "all_given": {"dataset"},
                "half_given": {"student", "dataset"}}
+    rollout = done(kind).config.rollout
     for step in done(kind).steps:
         assert {r.author for r in step.rollouts} == authors.get(kind, {"student"})
+        each = Counter((r.group, r.author) for r in step.rollouts)
+        asked = {"student": rollout.num_generations, "teacher": rollout.num_teacher_generations, "dataset": 1}
+        assert all(n == asked[author] for (_, author), n in each.items())
+        assert len({group for group, _ in each}) == rollout.prompts_per_step
 
 
 def test_the_mixture_deals_each_drawn_problem_to_one_side(world, done):

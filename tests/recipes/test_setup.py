@@ -116,6 +116,11 @@ def test_a_models_fingerprint_changes_with_its_config_and_its_weights_and_with_n
         (copy / "model.safetensors").write_bytes(bytes(weights))
         assert setup.model_fingerprint(str(copy)) != first
         weights[at] ^= 1
+    big = copy / "other.safetensors"
+    big.write_bytes(bytes(3 * 2**20))
+    before = setup.model_fingerprint(str(copy))
+    big.write_bytes(bytes(3 * 2**20 - 1) + b"1")
+    assert before != setup.model_fingerprint(str(copy)) != first
     assert setup.model_fingerprint("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
 
 
