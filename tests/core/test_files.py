@@ -214,3 +214,46 @@ def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path):
 def test_free_bytes_asks_the_nearest_folder_that_exists(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1) if path == tmp_path else 0)
     assert free_bytes(tmp_path / "runs" / "not" / "yet") == 1
+
+
+def make_folder(path, text):
+    path.mkdir()
+    (path / "inner").mkdir()
+    (path / "inner" / "file").write_text(text)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    make_folder(tmp_path / "final", "old")
+    make_folder(tmp_path / "tmp", "new")
+    files.replace_folder(tmp_path / "tmp", tmp_path / "final")
+    assert (tmp_path / "final/inner/file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_around_a_rename_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, at, after):
+    make_folder(tmp_path / "final", "old")
+    make_folder(tmp_path / "tmp", "new")
+    rename, calls = os.rename, []
+
+    def crash(*names):
+        calls.append(names)
+        if len(calls) == at + 1 and not after:
+            raise Crash
+        rename(*names)
+        if len(calls) == at + 1:
+            raise Crash
+
+    monkeypatch.setattr(os, "rename", crash)
+    with pytest.raises(Crash):
+        files.replace_folder(tmp_path / "tmp", tmp_path / "final")
+    monkeypatch.undo()
+    files.recover_folders(tmp_path)
+    expected = "new" if (at, after) == (1, True) else "old"
+    assert (tmp_path / "final/inner/file").read_text() == expected
+    assert not list(tmp_path.glob(".old-*"))

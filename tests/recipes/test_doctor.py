@@ -322,7 +322,7 @@ def test_of_many_problems_a_sample_and_the_longest_are_looked_at_and_the_number_
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_a_fault_that_names_those_that_are(sound, device):
     fault = only(replace(sound, device=device), "fault", "device")
-    assert device in fault.what and "device=auto, cpu, cuda or mps" in fault.cure
+    assert device in fault.what and "auto" in fault.cure and "cpu" in fault.cure
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

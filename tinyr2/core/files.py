@@ -71,6 +71,37 @@ def commit_folder(tmp: str | Path, final: str | Path) -> None:
     sync_folder(final.parent)
 
 
+def replace_folder(tmp: str | Path, final: str | Path) -> None:
+    """Publish the finished folder `tmp` under the name `final`, durably, in the place of what stood there.
+
+    The old folder is renamed to `.old-NAME` first and removed last; `recover_folders` mends a crash in between.
+    """
+    tmp, final = Path(tmp), Path(final)
+    inside = sorted(tmp.rglob("*"))
+    for path in inside:
+        if path.is_file():
+            _sync_and_hash(path)
+    for folder in [*(p for p in inside if p.is_dir()), tmp]:
+        sync_folder(folder)
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        os.rename(final, old)
+    os.rename(tmp, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)  # what resists is harmless, and removed by `recover_folders`
+
+
+def recover_folders(parent: str | Path) -> None:
+    """Finish what `replace_folder` left: an old folder goes back where nothing took its place, and away elsewhere."""
+    for old in Path(parent).glob(".old-*"):
+        final = old.with_name(old.name.removeprefix(".old-"))
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, final)
+    sync_folder(parent)
+
+
 def verify_folder(folder: str | Path) -> list[str]:
     """What is wrong with a folder that `commit_folder` published; an empty list when every byte is as it was.
 

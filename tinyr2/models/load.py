@@ -46,11 +46,13 @@ def pick_device(name: str = "auto") -> torch.device:
     """The device that `name` means: auto picks CUDA, then MPS, then the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device {name}: unknown; use auto, cpu, cuda or mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no CUDA device here; use device=cpu, or device=auto")
-    if name == "mps" and not torch.backends.mps.is_available():
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
+        raise ConfigError(f"device {name}: unknown; use auto, cpu, cuda, cuda:1 or mps")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use another, "
+                          "device=cpu, or device=auto")
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device mps: torch sees no Apple GPU here; use device=cpu, or device=auto")
     return torch.device(name)
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 from tinyr2.core import config as configs
 from tinyr2.core.config import Config
 from tinyr2.core.errors import RunError
-from tinyr2.core.files import single_writer, sync_folder, write_atomic
+from tinyr2.core.files import recover_folders, replace_folder, single_writer, write_atomic
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.report.completions import Completion, write_completions
 from tinyr2.report.console import Console
@@ -88,11 +88,7 @@ class Run:
         """Make the folder `name` by `write`, all at once; what stood there is replaced."""
         tmp = self.folder / f".tmp-{name}-{uuid4().hex[:8]}"
         write(tmp)
-        final = self.folder / name
-        if final.exists():
-            shutil.rmtree(final)
-        tmp.rename(final)
-        sync_folder(self.folder)
+        replace_folder(tmp, self.folder / name)
 
     def finish(self, ending: str, result: Mapping[str, Any] | None) -> Path:
         """Note how it ended, and write the report."""
@@ -145,6 +141,7 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
                      "machine": describe_machine()}
             write_atomic(folder / ENV, json.dumps(facts, indent=2) + "\n")
             write_atomic(folder / CONFIG, configs.dump(config))
+        recover_folders(folder)
         for leftover in folder.glob(".tmp-*"):
             shutil.rmtree(leftover)
         run = Run(folder, console, total, show)
