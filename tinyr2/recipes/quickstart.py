@@ -55,7 +55,7 @@ class Shape:
 
 
 TEACHER = Shape(hidden=144, layers=2, heads=4, ffn=432)
-STUDENT = Shape(hidden=32, layers=2, heads=2, ffn=96)
+STUDENT = Shape(hidden=32, layers=2, heads=4, ffn=96)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Plan:
 
     teacher: int = 430
     cold: int = 600
-    opd: int = 480
+    opd: int = 540
 
     def scaled(self, minutes: float) -> "Plan":
         """The same plan for another budget."""
@@ -178,7 +178,7 @@ def opd_config(out: Path, seed: int, plan: Plan, level: SignedSums) -> DistillCo
         # from a cold start this weak the forward KL learns faster than the reverse one: docs/log.md
         "loss": {"level": "token", "divergence": {"kind": "forward_kl"}},
         "rewards": [{"name": "exact_answer"}],  # a curve to look at; a token-level loss does not read it
-        "train": _settings(seed, learning_rate=8e-3, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
+        "train": _settings(seed, learning_rate=1.2e-2, max_steps=plan.opd, log_completions_steps=50)}, "student_opd")
 
 
 def sft_config(out: Path, seed: int, steps: int, level: SignedSums) -> SftConfig:
