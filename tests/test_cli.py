@@ -288,12 +288,16 @@ def test_doctor_exits_2_where_a_config_has_faults_and_0_where_it_has_none(work):
 
 
 def test_quickstart_is_told_what_was_typed(monkeypatch, tmp_path):
+    from tinyr2.data.tasks import SignedSums
     from tinyr2.recipes import quickstart
 
     calls = []
     monkeypatch.setattr(quickstart, "quickstart", lambda console, **options: calls.append(options) or {"rows": {}})
-    done = run("quickstart", "--seed", 2, "--out", tmp_path / "q", "--minutes", 0.5, "--overwrite", "--json")
+    done = run("quickstart", "--seed", 2, "--out", tmp_path / "q", "--minutes", 0.5, "--digits", 1, "--overwrite",
+               "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (0, {"rows": {}})
-    assert calls == [{"out": tmp_path / "q", "seed": 2, "minutes": 0.5, "overwrite": True}]
+    assert calls == [{"out": tmp_path / "q", "seed": 2, "minutes": 0.5, "overwrite": True,
+                      "level": SignedSums(terms=3, digits=1)}]
     run("quickstart")
-    assert calls[1] == {"out": Path("runs/quickstart"), "seed": 0, "minutes": 3.0, "overwrite": False}
+    assert calls[1] == {"out": Path("runs/quickstart"), "seed": 0, "minutes": 3.0, "overwrite": False,
+                        "level": quickstart.LEVEL}

@@ -99,7 +99,6 @@ def outcome(out: Path) -> tuple[str, bytes]:
 def kill_and_compare(kind: str, world: Path, folder: Path, kills: int, seed: int) -> dict:
     """Run once undisturbed and once with `kills` SIGKILLs at random times; both outcomes and where the kills fell."""
     config = config_of(kind, world, folder / "undisturbed")
-    warm()
     start = time.perf_counter()
     assert attempt(config, None)
     length = time.perf_counter() - start

@@ -13,6 +13,7 @@ from tinyr2.core.errors import RunError
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     killing.make_world(folder)
+    killing.warm()
     return folder
 
 

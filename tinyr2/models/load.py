@@ -49,9 +49,11 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
         raise ConfigError(f"device {name}: unknown; use auto, cpu, cuda, cuda:1 or mps")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use another, "
-                          "device=cpu, or device=auto")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name}: torch sees no CUDA device here; use device=cpu, or device=auto")
+    if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here, counted from 0; "
+                          "use another, or device=auto")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device mps: torch sees no Apple GPU here; use device=cpu, or device=auto")
     return torch.device(name)

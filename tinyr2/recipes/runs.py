@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,12 @@ def resume_run(run: Path, console: Console, verbs: Verbs) -> dict:
         return {"ending": "finished", "run": str(run), "model": str(run / "final")}
     config_class, recipe = verbs[verb]
     run = run.absolute()
-    if Path(_env(run).get("cwd", "")).is_dir():
-        os.chdir(_env(run)["cwd"])  # paths in the config are relative to where the run was started
     raw = configs.read(run / CONFIG) | {"output_dir": str(run)}
     config = configs.build(config_class, raw, str(run / CONFIG))
-    return recipe(config, console, resume=True)
+    started_in = Path(_env(run).get("cwd") or ".")
+    # paths in the config are relative to where the run was started
+    with chdir(started_in if started_in.is_dir() else "."):
+        return recipe(config, console, resume=True)
 
 
 def _find(folder: Path) -> Iterator[Path]:
