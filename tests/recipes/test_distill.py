@@ -116,7 +116,7 @@ def naive_loss(config: DistillConfig, readings: list[Reading], kl_weight: float)
     if loss.level == "token":
         return sum(r.divergence(loss.divergence.kind, loss.divergence.beta) for r in readings) / tokens
     own = [r for r in readings if r.rollout.author == "student"]
-    kl = sum(r.divergence() for r in own) / max(1, sum(len(r.rollout.response_ids) for r in own))
+    kl = sum(r.divergence() for r in own) / max(1, len(own))
     credits = []
     for r in rollouts:
         others = [x.reward for x in rollouts if x.group == r.group and x.sample != r.sample]

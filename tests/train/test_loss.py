@@ -7,7 +7,7 @@ from tinyr2.train.loss import LossConfig, count
 
 def test_counts_are_over_all_rollouts_of_a_step():
     counts = count([*ROLLOUTS, rollout((1,), (2, 3), learn_mask=(False, True))])
-    assert (counts.tokens, counts.student_tokens, counts.sequences) == (16, 12, 6)
+    assert (counts.tokens, counts.sequences, counts.student_sequences) == (16, 6, 5)
 
 
 def test_the_kl_weight_goes_linearly_from_start_to_end():

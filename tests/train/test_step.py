@@ -41,7 +41,7 @@ def reference(kind, rollouts, temperature=1.0):
     """The same losses by loops over rows and tokens, on full float64 logits, with autograd."""
     model, teacher = qwen3(dtype=torch.float64), qwen3(hidden=24, seed=1, dtype=torch.float64)
     tokens = sum(len(r.response_ids) for r in rollouts)
-    own = sum(len(r.response_ids) for r in rollouts if r.author == "student")
+    own = sum(r.author == "student" for r in rollouts)
     total = torch.zeros((), dtype=torch.float64)
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])

@@ -49,18 +49,18 @@ class LossConfig(Config):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a step's losses are divided by: learned tokens, those the student wrote, and sequences."""
+    """What a step's losses are divided by: learned tokens, sequences, and the sequences that the student wrote."""
 
     tokens: int
-    student_tokens: int
     sequences: int
+    student_sequences: int
 
 
 def count(rollouts: Sequence[Rollout]) -> Counts:
     """Counts over all rollouts of one optimizer step."""
     learned = [len(r.response_ids) if r.learn_mask is None else sum(r.learn_mask) for r in rollouts]
-    own = sum(n for n, r in zip(learned, rollouts, strict=True) if r.author == "student")
-    return Counts(tokens=sum(learned), student_tokens=own, sequences=len(rollouts))
+    own = sum(r.author == "student" for r in rollouts)
+    return Counts(tokens=sum(learned), sequences=len(rollouts), student_sequences=own)
 
 
 def likelihood(counts: Counts) -> Objective:
@@ -76,18 +76,20 @@ def token_distillation(loss: LossConfig, counts: Counts) -> Objective:
 
 
 def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progress: float) -> Objective:
-    """reward_weight · L_reward + kl_weight · mean divergence per token that the student wrote.
+    """reward_weight · L_reward + kl_weight · divergence on what the student wrote.
 
-    L_reward is a sum over a sequence's tokens and a mean over sequences, so that with on-policy samples its expected
-    gradient is that of −E[reward] (REINFORCE; Williams 1992, with the leave-one-out baseline of Kool et al. 2019).
-    A rollout without a verdict has weight 0 there, and keeps its divergence.
+    Both are sums over a sequence's tokens and means over sequences: nats per answer beside reward per answer, so that
+    the two weights compare like with like. With on-policy samples the expected gradient of L_reward is that of
+    −E[reward] (REINFORCE; Williams 1992, with the leave-one-out baseline of Kool et al. 2019). The divergence is that
+    of each token's distributions; the sampling is held constant. A rollout without a verdict has weight 0 in L_reward,
+    and keeps its divergence.
     """
     credit = batch.advantage if loss.reward_loss == "reinforce" else batch.reward
     kl_weight = loss.kl_weight_at(progress)
 
     def objective(s: TokenScores) -> Tensor:
         own = batch.on_policy[s.part]
-        total = kl_weight * (s.divergence * own).sum() / max(1, counts.student_tokens)
+        total = kl_weight * (s.divergence * own).sum() / max(1, counts.student_sequences)
         if credit is None:
             return total
         return total + loss.reward_weight * weighted_nll(s.learner_logp, credit[s.part].nan_to_num(0.0),
