@@ -18,7 +18,7 @@ from tinyr2.core.types import Batch, Problem, Rollout
 from tinyr2.data.problems import DataConfig, draw
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
-from tinyr2.models.load import ModelConfig, load_model, save_model
+from tinyr2.models.load import ModelConfig, load_model
 from tinyr2.objectives.advantage import leave_one_out
 from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
@@ -31,7 +31,7 @@ from tinyr2.rollouts.sample import Policy, sample
 from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.tokens.chat import fingerprint, render_example
-from tinyr2.train.loop import Job, StepResult, TrainConfig
+from tinyr2.train.loop import StepResult, TrainConfig
 from tinyr2.train.loss import LossConfig, Objective, count, sequence_distillation, token_distillation
 from tinyr2.train.metrics import completion_metrics, reward_metrics, score_metrics
 from tinyr2.train.step import Learner, Scores, accumulate
@@ -151,16 +151,9 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     with open_run(config, "distill", console, total=config.train.max_steps, resume=resume, overwrite=overwrite,
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         state = setup.restore(run, model, config.train, _identity(config, inputs), resume)
-        work = Distillation(config, inputs, teacher,
-                            Learner(model=model, vocab=inputs.vocab, autocast=setup.autocast(device),
-                                    tokens_per_micro_batch=config.train.tokens_per_micro_batch))
-        job = Job(config=config.train, compute=work.step, recorder=run, checkpoints=run.checkpoints,
-                  evaluate=work.evaluate if inputs.held_out else None,
-                  keep_best=lambda: run.commit("best", lambda f: save_model(model, inputs.tokenizer, f)))
-        ending = setup.train_to_end(run, state, job, inputs.tokenizer)
-        report = run.finish(ending, None)
-        return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
-                "model": str(run.folder / "final"), "report": str(report)}
+        work = Distillation(config, inputs, teacher, setup.learner_of(model, inputs.vocab, device, config.train))
+        return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,
+                               evaluates=bool(inputs.held_out))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -27,9 +28,10 @@ from tinyr2.recipes.run import Run
 from tinyr2.rollouts.sample import Policy
 from tinyr2.tokens.chat import stop_ids
 from tinyr2.train import state as checkpoint
-from tinyr2.train.loop import Job, TrainConfig
+from tinyr2.train.loop import Job, StepResult, TrainConfig
 from tinyr2.train.loop import run as train
 from tinyr2.train.optim import make_optimizer
+from tinyr2.train.step import Learner
 
 
 class StudentConfig(ModelConfig):
@@ -106,6 +108,33 @@ def restore(run: Run, model: nn.Module, train_config: TrainConfig, identity: dic
             run.event("checkpoint_set_aside", step=state.step, level="critical", evidence=text, action="")
         run.console.note(f"resuming from {found.name}" if found else "no checkpoint yet; starting from the beginning")
     return state
+
+
+class Work(Protocol):
+    """The steps of a run, and what its evaluations say."""
+
+    learner: Learner
+
+    def step(self, t: int) -> StepResult: ...
+    def evaluate(self, step: int) -> dict[str, float]: ...
+
+
+def learner_of(model: nn.Module, vocab: int, device: torch.device, train_config: TrainConfig) -> Learner:
+    """The model as the training steps see it."""
+    return Learner(model=model, vocab=vocab, autocast=autocast(device),
+                   tokens_per_micro_batch=train_config.tokens_per_micro_batch)
+
+
+def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, tokenizer: PreTrainedTokenizerBase,
+              train_config: TrainConfig, evaluates: bool) -> dict:
+    """Train from where `state` stands to the end, write the model and the report; returns what `--json` prints."""
+    job = Job(config=train_config, compute=work.step, recorder=run, checkpoints=run.checkpoints,
+              evaluate=work.evaluate if evaluates else None,
+              keep_best=lambda: run.commit("best", lambda folder: save_model(state.model, tokenizer, folder)))
+    ending = train_to_end(run, state, job, tokenizer)
+    report = run.finish(ending, None)
+    return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
+            "model": str(run.folder / "final"), "report": str(report)}
 
 
 def train_to_end(run: Run, state: checkpoint.TrainState, job: Job, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,6 @@ from tinyr2.core.types import Problem, Rollout
 from tinyr2.data.problems import DataConfig, draw
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
-from tinyr2.models.load import save_model
 from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
 from tinyr2.recipes.distill import Inputs, worked
@@ -25,7 +24,7 @@ from tinyr2.recipes.run import identity, open_run, refuse_taken
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, load_rewards
 from tinyr2.tokens.chat import fingerprint
-from tinyr2.train.loop import Job, StepResult, TrainConfig
+from tinyr2.train.loop import StepResult, TrainConfig
 from tinyr2.train.loss import count, likelihood
 from tinyr2.train.metrics import score_metrics
 from tinyr2.train.step import Learner, accumulate
@@ -84,16 +83,9 @@ def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite:
         facts = {"config": identity(config), "data": data_fingerprint(inputs.problems),
                  "tokenizer": fingerprint(inputs.tokenizer), "model": setup.model_fingerprint(config.model.path)}
         state = setup.restore(run, model, config.train, facts, resume)
-        work = FineTuning(config, inputs, Learner(
-            model=model, vocab=inputs.vocab, autocast=setup.autocast(device),
-            tokens_per_micro_batch=config.train.tokens_per_micro_batch))
-        job = Job(config=config.train, compute=work.step, recorder=run, checkpoints=run.checkpoints,
-                  evaluate=work.evaluate if inputs.held_out else None,
-                  keep_best=lambda: run.commit("best", lambda f: save_model(model, inputs.tokenizer, f)))
-        ending = setup.train_to_end(run, state, job, inputs.tokenizer)
-        report = run.finish(ending, None)
-        return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
-                "model": str(run.folder / "final"), "report": str(report)}
+        work = FineTuning(config, inputs, setup.learner_of(model, inputs.vocab, device, config.train))
+        return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,
+                               evaluates=bool(inputs.held_out))
 
 
 @dataclass(frozen=True)
