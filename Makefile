@@ -19,10 +19,10 @@ quickstart: setup
 	$(BIN)/tinyr2 quickstart --out $(RUN) --overwrite
 
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not kills'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not kills'
 
 test-kills: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m kills -s
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m kills -s
 
 lint: setup
 	$(BIN)/ruff check .
