@@ -258,3 +258,10 @@ def test_a_config_that_cannot_work_is_an_error_that_says_why(raw, message):
 
 def test_a_config_read_from_yaml_takes_its_ks_as_a_list():
     assert build(EvalConfig, {"num_generations": 8, "temperature": 0.6, "k": [1, 8]}, "eval.yaml").k == (1, 8)
+
+
+@pytest.mark.parametrize(("reward", "expected"), [(0.0, (0, 6)), (1.0, (6, 6))])
+def test_all_problems_alike_still_have_an_interval_with_a_width(reward, expected):
+    found = summarize(_graded([[("a", reward), ("b", reward)]] * 6), _sampled(2, (1, 2)), seconds=1.0)
+    for k in (1, 2):
+        assert (found.pass_at[k].low, found.pass_at[k].high) == wilson(*expected)

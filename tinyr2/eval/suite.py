@@ -105,7 +105,8 @@ def evaluate(policy: Policy, problems: Sequence[Problem], rewards: Sequence[Rewa
 def summarize(rollouts: Sequence[Rollout], config: EvalConfig, seconds: float) -> EvalResult:
     """The figures of graded rollouts, `config.num_generations` to a problem and problem by problem.
 
-    pass@1 of one answer each has a Wilson interval, everything else a bootstrap interval over problems.
+    pass@1 of one answer each has a Wilson interval, everything else a bootstrap interval over problems; where every
+    problem is solved, or none, that would have no width, and Wilson's is given.
     """
     n = config.num_generations
     assert rollouts and len(rollouts) % n == 0, f"{len(rollouts)} rollouts, {n} to a problem"
@@ -176,5 +177,9 @@ def _alike(answers: Sequence[str | None]) -> list[str | None]:
 def _mean(values: Sequence[float], config: EvalConfig) -> Estimate | None:
     if not values:
         return None
-    low, high = bootstrap_mean(values, config.seed)
+    if min(values) == max(values) and values[0] in (0.0, 1.0):
+        # every problem solved, or none: drawing them again says nothing, counting them does
+        low, high = wilson(round(sum(values)), len(values))
+    else:
+        low, high = bootstrap_mean(values, config.seed)
     return Estimate(value=sum(values) / len(values), low=low, high=high, n=len(values))
