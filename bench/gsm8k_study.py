@@ -3,7 +3,7 @@
     python bench/gsm8k_study.py --seeds 0 1 2
 
 Runs the commands of examples/gsm8k/ as they stand, once for the teacher and per seed for the student; reads eval_kl
-(256 held-out problems, the student's own answers) at step 0 and at the end. Needs TINYR2_SHARED (default ../shared)
+(128 held-out problems, the student's own answers) at step 0 and at the end. Needs TINYR2_SHARED (default ../shared)
 with data/ and tokenizers/.
 """
 
