@@ -45,7 +45,7 @@ def main() -> None:
                f"output_dir={teacher}", "--overwrite")
     rows = [one(out, tokenizer, seed) for seed in args.seeds]
     result = {"runs": rows, "lowered_by": [1 - r["eval_kl_end"] / r["eval_kl_start"] for r in rows],
-              "machine": describe_machine()}
+              "machine": describe_machine(Path(__file__).parent)}
     write_atomic(HERE / "results" / "gsm8k.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: result[k] for k in ("runs", "lowered_by")}, indent=1))
 

@@ -54,7 +54,7 @@ def main() -> None:
     result = {"pooled": pooled, "differences": differences, "ratio": teacher[0] / student[0],
               "ratio_without_embeddings": teacher[1] / student[1],
               "seeds": [{k: r[k] for k in ("seed", "rows", "seconds", "teacher_writing_s")} for r in runs],
-              "machine": describe_machine()}
+              "machine": describe_machine(Path(__file__).parent)}
     RESULTS.mkdir(exist_ok=True)
     write_atomic(RESULTS / "quickstart.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: result[k] for k in ("pooled", "differences", "ratio", "ratio_without_embeddings")}, indent=1))

@@ -65,7 +65,7 @@ def report(name: str, ours: list[dict], theirs: list[dict]) -> None:
         "ours_peak_mib": median(ours, "peak_mib"), "peer_peak_mib": median(theirs, "peak_mib"),
         "ours_mean_length": median(ours, "mean_length"), "peer_mean_length": median(theirs, "mean_length"),
         "ours_steps_s": [s["steps_s"] for s in ours], "peer_steps_s": [s["steps_s"] for s in theirs],
-        "machine": describe_machine(),
+        "machine": describe_machine(Path(__file__).parent),
     }
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

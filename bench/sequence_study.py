@@ -43,7 +43,7 @@ def main() -> None:
     colds = [runs[s]["cold"]["pass_at_1"] for s in args.seeds]
     result = {"teacher": teachers, "cold": colds, "solutions": SOLUTIONS, "steps": STEPS, "learning_rate": RATE,
               "methods": {m: summary([runs[s][m] for s in args.seeds], colds, teachers) for m in METHODS},
-              "machine": describe_machine()}
+              "machine": describe_machine(Path(__file__).parent)}
     write_atomic(RESULTS / "sequence.json", json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["methods"], indent=1))
 

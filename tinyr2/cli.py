@@ -5,6 +5,7 @@ line of standard output. What a verb needs is imported when it runs: help must n
 its parameters, each explained where it stands, so two verbs have many and this file is long.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ EPILOG = """Exit codes:
 
 `tinyr2 VERB --help` explains a verb and has an example."""
 
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
 # Typer's newer releases carry a click of their own; this is the base of usage errors in either.
 _UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -51,6 +54,11 @@ class Verbs(TyperGroup):
             context = getattr(error, "ctx", None)
             hint = f"\nsee {context.command_path} --help" if context else ""
             code = _fail(error.format_message() + hint)
+        except OSError as error:
+            if error.errno not in DISK_FAULTS:
+                raise
+            code = _fail(f"{error.filename or 'the disk'}: {error.strerror}; mend that, and `tinyr2 runs resume RUN` "
+                         "goes on from the newest checkpoint")
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         sys.exit(code or OK)

@@ -146,7 +146,7 @@ def test_the_weight_of_the_divergence_goes_down_linearly_with_the_steps(world, t
     # a rate that moves no weight, so that every step reads the same two models
     outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", *SEQUENCE, "train.learning_rate=1e-15",
                                     "train.max_steps=4"))
-    for step, weight in enumerate((0.2, 0.1625, 0.125, 0.0875)):  # 0.05 would be that of a fifth
+    for step, weight in enumerate((0.2, 0.15, 0.1, 0.05)):
         expected = naive_loss(outcome.config, readings_of(outcome, step, world), weight)
         assert outcome.column("loss")[step] == pytest.approx(expected, rel=2e-5)
 
@@ -409,13 +409,19 @@ def test_the_end_of_an_answer_is_judged_where_padding_is_the_same_token(world, t
 # --- graders that fail
 
 
-def test_a_step_whose_rollouts_all_failed_learns_nothing_and_the_run_goes_on(world, tmp_path):
-    outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", *SEQUENCE,
+def test_a_reward_that_fails_on_every_answer_ends_a_run_that_would_learn_from_it_with_its_own_words(world, tmp_path):
+    with pytest.raises(DataError, match=r"no answer of step 1 could be graded: .*no verdict.*rewards.py, line"):
+        tiny.go(tiny.settings("distill", world, tmp_path / "run", *SEQUENCE,
+                              "rewards=[{file: {world}/rewards.py, function: broken}]"))
+
+
+def test_a_token_level_loss_goes_on_without_a_reward_that_fails_and_says_so(world, done, tmp_path):
+    outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run",
                                     "rewards=[{file: {world}/rewards.py, function: broken}]"))
-    assert outcome.column("loss") == [0.0, 0.0, 0.0]
+    assert outcome.column("loss") == done("reverse_kl").column("loss")
     assert outcome.column("rollouts/errored_ratio") == [1.0, 1.0, 1.0]
-    before, after = stock(world / "student").state_dict(), stock(outcome.folder / "final").state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    rows = parquet.read_table(outcome.folder / "completions").to_pylist()
+    assert rows and all("no verdict" in row["error"] for row in rows)
 
 
 # --- curves

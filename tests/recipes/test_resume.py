@@ -7,6 +7,8 @@ import pytest
 
 from tests.recipes import killing
 from tinyr2.core.errors import RunError
+from tinyr2.recipes.sft import sft
+from tinyr2.report.console import Console
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,20 @@ def test_clock_readings_are_kept_out_of_the_metrics(world, tmp_path):
     assert len(rows) == len(clocks) == killing.STEPS
     assert not [name for row in rows for name in row if name.endswith("_s") or "seconds" in name]
     assert all(row["step_s"] > 0 for row in clocks)
+
+
+def test_another_setting_is_named_with_both_values(world, tmp_path):
+    config = killing.config_of("sft", world, tmp_path / "run")
+    stop_at_step(config, 4)
+    other = killing.config_of("sft", world, tmp_path / "run", learning_rate=1e-3)
+    with pytest.raises(RunError, match=r"train.learning_rate: 0.003 before, 0.001 now"):
+        killing.run(other, resume=True)
+
+
+def test_overwriting_never_deletes_what_the_run_reads(world, tmp_path):
+    killing.run(killing.config_of("sft", world, tmp_path / "run"), resume=False)
+    config = killing.config_of("sft", world, tmp_path / "run")
+    again = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path / "run/final")})})
+    with pytest.raises(RunError, match="--overwrite would delete"):
+        sft(again, Console(plain=True), overwrite=True)
+    assert (tmp_path / "run/final/model.safetensors").is_file()

@@ -199,16 +199,12 @@ def test_without_a_way_to_show_them_completions_are_left_out(tmp_path):
     assert not (run.folder / "completions").exists()
 
 
-def test_the_end_is_noted_with_its_result_and_a_report(tmp_path):
+def test_the_end_is_noted_with_a_report(tmp_path):
     with opened(tmp_path / "run") as run:
         run.record({"step": 1, "loss": 2.5}, {"step": 1, "step_s": 0.25}, [])
-        report = run.finish("finished", {"rows": {"student": {"pass_at_1": 0.5}}})
+        report = run.finish("finished")
     assert read_jsonl(run.folder / "events.jsonl") == [{"event": "ended", "name": "ended", "ending": "finished"}]
-    assert json.loads((run.folder / "result.json").read_text()) == {"rows": {"student": {"pass_at_1": 0.5}}}
     assert report == run.folder / "report.html" and "finished" in report.read_text()
-    with opened(tmp_path / "plain") as run:
-        run.finish("stopped", None)
-    assert not (run.folder / "result.json").exists()
 
 
 def test_an_identity_is_that_of_all_settings_but_the_folder():

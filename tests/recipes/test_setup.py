@@ -141,7 +141,8 @@ def test_a_fresh_state_begins_at_step_0_and_in_exact_mode_names_torch_and_thread
         state = setup.restore(run, qwen3(), TrainConfig(), {"config": "a"}, resume=False)
         exact = setup.restore(run, qwen3(), TrainConfig(deterministic=True), {"config": "a"}, resume=False)
     assert (state.step, state.identity) == (0, {"config": "a"})
-    assert exact.identity == {"config": "a", "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+    assert exact.identity == {"config": "a", "torch": torch.__version__, "threads": str(torch.get_num_threads()),
+                              "device": "cpu"}
 
 
 def test_a_resumed_state_is_the_checkpoints_and_later_rows_are_forgotten(tmp_path, tokenizer):
@@ -174,7 +175,8 @@ def test_a_damaged_checkpoint_is_an_event_and_without_another_the_run_begins_ane
         assert setup.restore(run, qwen3(), config, {}, resume=True).step == 0
         assert read_jsonl(run.folder / "metrics.jsonl") == []
     events = read_jsonl(tmp_path / "run/events.jsonl")
-    assert {(e["name"], e["level"]) for e in events} == {("checkpoint_set_aside", "critical")}
+    assert [(e["name"], e.get("level")) for e in events] == [
+        ("checkpoint_set_aside", "critical"), ("checkpoint_set_aside", "critical"), ("resumed", None)]
     assert "step-00000000 is damaged" in events[0]["evidence"]
     assert "no checkpoint yet; starting from the beginning" in stream.getvalue()
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tinyr2.models.packed import Layout, attend, attention, layout
+from tinyr2.models.packed import Layout, attend, attention, body_of, layout
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def step(model: nn.Module, cache: SlotCache, tokens: Tensor) -> Tensor:
 
 
 def _forward(model: nn.Module, cache: SlotCache, tokens: Tensor, position: Tensor) -> Tensor:
-    body = model.get_base_model().base_model if hasattr(model, "merge_and_unload") else model.base_model
+    body = body_of(model)
     with attention(body, "tinyr2_slots"):
         return body(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True,
                     tinyr2_slots=cache).last_hidden_state

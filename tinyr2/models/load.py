@@ -133,6 +133,8 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     with _no_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for weights in Path(folder).glob("*.safetensors"):  # written with mode 0600, which other users could not load
+        weights.chmod((Path(folder) / "config.json").stat().st_mode & 0o777)
 
 
 def weights_hash(model: nn.Module) -> str:

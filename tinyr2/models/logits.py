@@ -32,8 +32,7 @@ def head_of(model: nn.Module, vocab: int | None = None) -> Head:
     if linear is None:
         raise ConfigError(f"{name}: no output head; give a causal language model")
     if hasattr(linear, "base_layer"):
-        raise ConfigError(f"{name}: an adapter sits on the output head; leave lm_head out of target_modules, "
-                          "or train it whole with modules_to_save")
+        raise ConfigError(f"{name}: an adapter sits on the output head; leave lm_head out of target_modules")
     weight, bias = linear.weight, getattr(linear, "bias", None)
     if not weight.is_floating_point():
         raise ConfigError(f"{name}: the output head is quantized to {weight.dtype}; load the model with dtype bfloat16 "

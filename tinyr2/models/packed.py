@@ -119,12 +119,17 @@ def supports_packing(model: nn.Module) -> bool:
     return model.config.model_type in PACKED
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its head, adapters in place."""
+    return model.get_base_model().base_model if hasattr(model, "merge_and_unload") else model.base_model
+
+
 def hidden_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: Sequence[int]) -> Tensor:
     """Last hidden states of a pack.
 
     tokens, position (T,) int64; lengths B ints that add up to T → (T, D) in the model's dtype.
     """
-    body = model.get_base_model().base_model if hasattr(model, "merge_and_unload") else model.base_model
+    body = body_of(model)
     if not supports_packing(model):
         return _padded(body, tokens, lengths)
     with attention(body, "tinyr2_packed"):

@@ -4,6 +4,7 @@ In: a config. Out: a run folder whose `final/` is the student as a plain Hugging
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.config import Config
+from tinyr2.core.errors import DataError
 from tinyr2.core.rng import generator
 from tinyr2.core.types import Batch, Problem, Rollout
 from tinyr2.data.problems import DataConfig, draw
@@ -23,7 +25,7 @@ from tinyr2.objectives.advantage import leave_one_out
 from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
 from tinyr2.recipes.findings import Part, Reader, Setup, raise_faults
-from tinyr2.recipes.run import identity, open_run, refuse_taken
+from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
 from tinyr2.recipes.show import completions_of
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, RewardFunction, grade, load_rewards
@@ -143,6 +145,8 @@ def read_inputs(config: DistillConfig, console: Console) -> Inputs:
 def distill(config: DistillConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict:
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
+    if overwrite:
+        refuse_own_input(Path(config.output_dir), [config.student.path, config.teacher.path, config.data.path])
     inputs = read_inputs(config, console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
@@ -171,10 +175,12 @@ class Distillation:
         own, given = self._deal(t)
         # the data's completions are learned from, not graded: the reward is that of what was sampled
         rollouts = center(grade(self._write(own, t), self.inputs.rewards))
+        tell_errors(rollouts, t + 1, fatal=self.config.loss.level == "sequence")
         rollouts += worked(given, self.inputs.tokenizer, len(own), self.config.rollout.temperature)
         clock.append(time.perf_counter())
-        kept = [r for r in rollouts if r.error is None]
-        scores = self._learn(kept, t / self.config.train.max_steps)
+        # a token-level loss reads no reward, so a grader's fault costs it nothing
+        kept = [r for r in rollouts if r.error is None or self.config.loss.level == "token"]
+        scores = self._learn(kept, t / max(1, self.config.train.max_steps - 1))
         clock.append(time.perf_counter())
         return StepResult(
             metrics=score_metrics(scores) | completion_metrics(rollouts) | reward_metrics(rollouts),
@@ -241,6 +247,15 @@ class Distillation:
         return float(scores.divergence.mean())
 
 
+def tell_errors(rollouts: Sequence[Rollout], step: int, *, fatal: bool) -> None:
+    """Warn of each error that a grader made; if `fatal`, a DataError where no answer of the step could be graded."""
+    errors = list(dict.fromkeys(r.error for r in rollouts if r.error is not None))
+    if fatal and errors and all(r.error is not None for r in rollouts):
+        raise DataError(f"no answer of step {step} could be graded: {'; '.join(errors)}; mend the reward function")
+    for error in errors:  # without the step, so that each is told once
+        warnings.warn(f"answers without a grade: {error}", stacklevel=2)
+
+
 def center(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Each group's leave-one-out advantages, over the answers that one author wrote."""
     groups: dict[tuple[int, str], list[int]] = {}
@@ -267,5 +282,7 @@ def worked(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, firs
 
 def _identity(config: DistillConfig, inputs: Inputs) -> dict[str, str]:
     return {"config": identity(config), "data": data_fingerprint(inputs.problems),
+            "eval_data": data_fingerprint(inputs.held_out),
             "tokenizer": fingerprint(inputs.tokenizer), "student": setup.model_fingerprint(config.student.path),
-            "teacher": setup.model_fingerprint(config.teacher.path)}
+            "teacher": setup.model_fingerprint(config.teacher.path),
+            "rewards": setup.code_fingerprint([r.file for r in config.rewards if r.file])}

@@ -224,10 +224,10 @@ def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
     start = time.perf_counter()
     outcome = (distill if isinstance(config, DistillConfig) else sft)(config, console)
     trained = sum(row.get("step_s", 0.0) for row in read_jsonl(Path(outcome["run"]) / "timing.jsonl"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
     result, total, inner = measure(Path(outcome["model"]), Path(out) / "data/held_out.jsonl")
     console.note(f"{name}: pass@1 {result.pass_at[1].value:.3f}, trained {trained:.0f} s of "
                  f"{time.perf_counter() - start:.0f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
     found = result.pass_at[1]
     send.send({"params": total, "params_without_embeddings": inner, "pass_at_1": found.value, "low": found.low,
                "high": found.high, "n": found.n, "tokens_per_s": round(outcome["num_tokens"] / trained),

@@ -62,7 +62,10 @@ class Run:
         if self._show is None or not result.rollouts:
             return
         rows = self._show(step, result)
-        write_completions(self.folder / "completions", step, rows)
+        try:
+            write_completions(self.folder / "completions", step, rows)
+        except OSError as error:  # a look at the text is not worth a run
+            self.console.note(f"step {step}: completions were not written: {error}")
         if rows:
             self.console.sample(rows[0])
 
@@ -90,10 +93,8 @@ class Run:
         write(tmp)
         replace_folder(tmp, self.folder / name)
 
-    def finish(self, ending: str, result: Mapping[str, Any] | None) -> Path:
+    def finish(self, ending: str) -> Path:
         """Note how it ended, and write the report."""
-        if result is not None:
-            write_atomic(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         self.event("ended", ending=ending)
         self.console.end_progress()
         report = write_report(self.folder)
@@ -124,12 +125,38 @@ def refuse_taken(folder: Path, *, resume: bool, overwrite: bool) -> None:
                        "output_dir")
 
 
+def refuse_own_input(folder: Path, inputs: Sequence[str]) -> None:
+    """RunError where --overwrite would delete something that the run reads."""
+    for name in inputs:
+        if Path(name).exists() and Path(name).resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{folder}: --overwrite would delete {name}, which this run reads; give another output_dir")
+
+
+def refuse_changed(folder: Path, config: Config) -> None:
+    """RunError that names every setting in which `config` differs from what the run was started with."""
+    before, now = (_flat(raw) for raw in (configs.read(folder / CONFIG), config.model_dump(mode="json")))
+    changed = [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in dict.fromkeys([*before, *now])
+               if before.get(key) != now.get(key) and key != "output_dir"]
+    if changed:
+        raise RunError(f"{folder}: resumed with another config: {'; '.join(changed)}. Resume with the settings it was "
+                       "started with (tinyr2 runs resume reads them), or start a new run in another output_dir")
+
+
+def _flat(raw: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        return {prefix: raw}
+    return {key: value for name, inner in raw.items()
+            for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()}
+
+
 @contextmanager
 def open_run(config: Config, verb: str, console: Console, *, total: int, resume: bool, overwrite: bool,
              show: Callable[[int, StepResult], list[Completion]] | None = None) -> Iterator[Run]:
     """The run folder `config.output_dir`, held until the block ends."""
     folder = Path(config.output_dir)
     refuse_taken(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        refuse_changed(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     with single_writer(folder):
         if overwrite:

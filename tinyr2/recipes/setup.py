@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -94,18 +94,29 @@ def model_fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def code_fingerprint(files: Sequence[str]) -> str:
+    """Hash of what the user's Python files say."""
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(Path(name).expanduser().read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def restore(run: Run, model: nn.Module, train_config: TrainConfig, identity: dict[str, str],
             resume: bool) -> checkpoint.TrainState:
     """A fresh state, or that of the newest good checkpoint; the journals are cut back to it."""
     if train_config.deterministic:
-        identity = {**identity, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
+        identity = {**identity, "torch": torch.__version__, "threads": str(torch.get_num_threads()),
+                    "device": next(model.parameters()).device.type}
     state = checkpoint.TrainState(model=model, optimizer=make_optimizer(model, train_config), identity=identity)
     if resume:
         damaged: list[str] = []
         found = checkpoint.load(run.checkpoints, state, say=damaged.append)
         run.rewind(state.logs)
         for text in damaged:
-            run.event("checkpoint_set_aside", step=state.step, level="critical", evidence=text, action="")
+            run.event("checkpoint_set_aside", step=state.step, level="critical", evidence=text,
+                      action="look for a failing disk; the run goes on from the checkpoint before")
+        run.event("resumed", step=state.step)
         run.console.note(f"resuming from {found.name}" if found else "no checkpoint yet; starting from the beginning")
     return state
 
@@ -132,7 +143,7 @@ def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, tokenizer: 
               evaluate=work.evaluate if evaluates else None,
               keep_best=lambda: run.commit("best", lambda folder: save_model(state.model, tokenizer, folder)))
     ending = train_to_end(run, state, job, tokenizer)
-    report = run.finish(ending, None)
+    report = run.finish(ending)
     return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
             "model": str(run.folder / "final"), "report": str(report)}
 

@@ -20,7 +20,7 @@ from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
 from tinyr2.recipes.distill import Inputs, worked
 from tinyr2.recipes.findings import Part, Reader, Setup, raise_faults
-from tinyr2.recipes.run import identity, open_run, refuse_taken
+from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, load_rewards
 from tinyr2.tokens.chat import fingerprint
@@ -75,13 +75,16 @@ def read_inputs(config: SftConfig, console: Console) -> Inputs:
 def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict:
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
+    if overwrite:
+        refuse_own_input(Path(config.output_dir), [config.model.path, config.data.path])
     inputs = read_inputs(config, console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
     model = setup.load_student(config.model, device, config.train.seed)
     with open_run(config, "sft", console, total=config.train.max_steps, resume=resume, overwrite=overwrite) as run:
         facts = {"config": identity(config), "data": data_fingerprint(inputs.problems),
-                 "tokenizer": fingerprint(inputs.tokenizer), "model": setup.model_fingerprint(config.model.path)}
+                 "eval_data": data_fingerprint(inputs.held_out), "tokenizer": fingerprint(inputs.tokenizer),
+                 "model": setup.model_fingerprint(config.model.path)}
         state = setup.restore(run, model, config.train, facts, resume)
         work = FineTuning(config, inputs, setup.learner_of(model, inputs.vocab, device, config.train))
         return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,

@@ -26,7 +26,7 @@ def completions_of(step: int, result: StepResult, tokenizer: PreTrainedTokenizer
             step=step, problem_id=r.problem.id, author=r.author, prompt=prompt_text(r.problem),
             completion=decode(tokenizer, r.response_ids), finish=r.finish, reward=r.reward,
             reward_parts=dict(r.reward_parts), answer=r.problem.answer, tokens=token_texts(tokenizer, r.response_ids),
-            disagreement=gap if r.learn_mask is None else None))
+            disagreement=gap if r.learn_mask is None else None, error=r.error))
     return shown
 
 

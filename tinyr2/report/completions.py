@@ -23,7 +23,7 @@ _SCHEMA = pa.schema([
     ("step", pa.int64()), ("problem_id", pa.string()), ("author", pa.string()), ("prompt", pa.string()),
     ("completion", pa.string()), ("finish", pa.string()), ("reward", pa.float64()),
     ("reward_parts", pa.map_(pa.string(), pa.float64())), ("answer", pa.string()), ("tokens", _TEXTS),
-    ("disagreement", pa.list_(pa.float64()))])
+    ("disagreement", pa.list_(pa.float64())), ("error", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Completion:
     answer: str | None = None
     tokens: list[str] | None = None  # (n,) the text of each token
     disagreement: list[float] | None = None  # (n,) learner_logp - teacher_logp, or the KL at the token, in nats
+    error: str | None = None  # why it was not graded
 
     def __post_init__(self):
         if self.disagreement is not None and len(self.disagreement) != len(self.tokens or ()):

@@ -38,7 +38,7 @@ def decode_all(model: nn.Module, requests: Sequence[Request], sampling: Sampling
                vocab: int | None = None, max_rows: int = 256) -> list[Answer]:
     """Answer every request with at most `max_rows` rows at a time.
 
-    `stop` ids end an answer; `vocab` crops a padded vocabulary to the ids that the tokenizer has.
+    `stop` ids end an answer; `vocab` crops a padded vocabulary to its first so many ids.
     """
     modes = [(module, module.training) for module in model.modules()]  # adapters train beside a body that does not
     model.eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tinyr2.core.rng import generator
 from tinyr2.models.head import Head, head_of, logits_of
+from tinyr2.models.packed import body_of
 from tinyr2.rollouts.request import Answer, Request
 from tinyr2.rollouts.sampling import SamplingConfig, draw_tokens
 
@@ -26,15 +27,16 @@ def _batch(model: nn.Module, requests: Sequence[Request], sampling: SamplingConf
            head: Head) -> list[Answer]:
     device = head.weight.device
     tokens, mask = _pad_left([r.prompt_ids for r in requests], device)
-    uniform = torch.tensor(_uniform(requests), device=device)
+    uniform = torch.tensor(_uniform(requests), device=device,
+                           dtype=torch.float32 if device.type == "mps" else torch.float64)
     drawn, logps, cache = [], [], None
     alive = torch.ones(len(requests), dtype=torch.bool, device=device)
     stop_ids = torch.tensor(sorted(stop), device=device)
     limit = torch.tensor([r.max_new for r in requests], device=device)
     while bool(alive.any()):
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
-        out = model.base_model(input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
-                               use_cache=True)
+        out = body_of(model)(input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
+                             use_cache=True)
         cache = out.past_key_values
         ids, logp = draw_tokens(logits_of(out.last_hidden_state[:, -1], head), uniform[:, len(drawn)], sampling)
         drawn.append(ids)

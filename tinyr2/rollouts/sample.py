@@ -26,7 +26,7 @@ class Policy:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     stop: tuple[int, ...]  # ids that end an answer
-    vocab: int  # ids that exist; a padded vocabulary's tail is never drawn
+    vocab: int  # ids that may be drawn: the first so many of the head's
     context: int | None  # the most tokens a sequence may have
     version: int = 0  # optimizer steps behind the weights
 

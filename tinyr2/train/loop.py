@@ -6,6 +6,7 @@ from its number, so a loop that starts from a checkpoint goes on as if nothing h
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from pydantic import Field
 
+from tinyr2.core.errors import ConfigError
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Rollout
 from tinyr2.train import state as checkpoint
@@ -91,6 +93,8 @@ def run(state: checkpoint.TrainState, job: Job) -> Ending:
             state.monitor["health"] = monitor.state()
             done = state.step == job.config.max_steps
             halt = any(a.stop for a in alarms)
+            if halt:
+                del state.monitor["health"]  # a resumed run is judged anew, and may halt again
             if done or halt or asked or state.step % job.config.save_steps == 0:
                 _save(state, job)
             if halt:
@@ -122,7 +126,7 @@ def _one_step(state: checkpoint.TrainState, job: Job, monitor: Monitor) -> list[
     row |= _evaluate(state, job)
     alarms = monitor.check(state.step, row)
     every = config.log_completions_steps
-    if every and (state.step % every == 0 or state.step == 1):
+    if every and (state.step % every == 0 or state.step in (1, config.max_steps)):
         job.recorder.completions(state.step, result)
     timing = {"step": state.step, "step_s": trained_s, **result.seconds,
               "eval_s": time.perf_counter() - start - trained_s}
@@ -154,9 +158,11 @@ def _measured(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
 
 def _goodness(metrics: Mapping[str, float]) -> float:
     """What the best model has most of: pass@1 where it was measured, else a low divergence or loss."""
-    if "eval_pass@1" in metrics:
-        return metrics["eval_pass@1"]
-    return -metrics["eval_kl"] if "eval_kl" in metrics else -metrics["eval_loss"]
+    for name, sign in (("eval_pass@1", 1.0), ("eval_kl", -1.0), ("eval_loss", -1.0)):
+        if name in metrics:
+            return sign * metrics[name]
+    raise ConfigError(f"load_best_model_at_end: the evaluation gave {', '.join(metrics)}, none of them eval_pass@1, "
+                      "eval_kl or eval_loss; put 1 among eval.k, give those problems answers, or set it to false")
 
 
 def _save(state: checkpoint.TrainState, job: Job) -> None:
@@ -178,6 +184,8 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, _frame) -> None:
         asked.append(number)
         signal.signal(number, signal.SIG_DFL)
+        print(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more stops at once",
+              file=sys.stderr)
 
     for s in names:
         signal.signal(s, note)

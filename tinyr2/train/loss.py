@@ -21,7 +21,7 @@ Objective = Callable[[TokenScores], Tensor]
 
 
 class LossConfig(Config):
-    """Token-level or sequence-level on-policy distillation, or plain likelihood."""
+    """Token-level or sequence-level on-policy distillation."""
 
     level: Literal["token", "sequence"] = "token"
     divergence: Divergence = Divergence()

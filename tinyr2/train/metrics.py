@@ -5,14 +5,14 @@ In: scores and rollouts. Out: a flat mapping of floats; what was not measured is
 
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean, pstdev, stdev
+from statistics import fmean, stdev
 
 from tinyr2.core.types import Rollout
 from tinyr2.train.step import Scores
 
 
 def score_metrics(scores: Scores) -> dict[str, float]:
-    """loss, entropy, kl (student‖teacher as the loss reads it, nats per token) and the actor/learner gap."""
+    """loss, entropy, kl (the divergence that the loss reads, nats per token) and the actor/learner gap."""
     out = {"loss": scores.loss}
     if not len(scores.row):
         return out
@@ -53,14 +53,14 @@ def reward_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         groups = defaultdict(list)
         for r in rollouts:
             if r.reward is not None:
-                groups[r.group].append(r.reward)
+                groups[r.group, r.author].append(r.reward)
         several = [g for g in groups.values() if len(g) > 1]
         if several:
             out["frac_reward_zero_std"] = sum(len(set(g)) == 1 for g in several) / len(several)
     for name in dict.fromkeys(n for r in rollouts for n in r.reward_parts):
         part = [r.reward_parts[name] for r in rollouts if r.reward_parts.get(name) is not None]
         if part:
-            out |= {f"rewards/{name}/mean": fmean(part), f"rewards/{name}/std": pstdev(part)}
+            out |= {f"rewards/{name}/mean": fmean(part), f"rewards/{name}/std": stdev(part) if len(part) > 1 else 0.0}
     if rollouts:
         out["rollouts/errored_ratio"] = sum(r.error is not None for r in rollouts) / len(rollouts)
     return out

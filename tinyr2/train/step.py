@@ -56,8 +56,9 @@ def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callabl
             if teacher is not None:
                 batch = consult(teacher, batch)
             states = hidden_states(learner.model, batch.tokens, batch.position, batch.lengths)[batch.learn - 1]
-        result = run(states, head, batch.targets, objective(batch), temperature=temperature, divergence=divergence,
-                     teacher_hidden=batch.teacher_hidden, teacher_head=teacher.head if teacher else None)
+            # the head as the sampler reads it, so that both compute log-probs in one precision
+            result = run(states, head, batch.targets, objective(batch), temperature=temperature, divergence=divergence,
+                         teacher_hidden=batch.teacher_hidden, teacher_head=teacher.head if teacher else None)
         if result.loss.requires_grad:
             result.loss.backward()
         parts.append((some, batch, result))

@@ -72,6 +72,7 @@ class Memory:
 
 
 def value(metrics: Metrics, name: str) -> float | None:
+    """The metric, or None where it is absent or not finite."""
     value = metrics.get(name)
     return value if value is not None and math.isfinite(value) else None
 
@@ -86,18 +87,20 @@ def _above(value: float, warn: float, critical: float) -> Level | None:
 
 
 def non_finite(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """A loss or gradient norm that is no number."""
     seen = {name: metrics[name] for name in ("loss", "grad_norm") if metrics.get(name) is not None}
     if not seen:
         return None
     bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
     return Finding(
         "critical" if bad else None, ", ".join(bad),
-        f"{config.non_finite_stop} such steps in a row stop the run; resume from the last checkpoint with a lower "
+        f"{config.non_finite_stop} such steps in a row stop the run; start a new one with a lower "
         "learning_rate or max_grad_norm; try float32 in place of bf16; look for empty loss masks and for rewards that "
         "are not finite")
 
 
 def grad_norm(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """A gradient norm far above the run's own median."""
     norm = value(metrics, "grad_norm")
     if norm is None or len(memory.grad_norms) < config.baseline_steps:
         return None
@@ -158,6 +161,7 @@ def _goal(config: HealthConfig, metrics: Metrics, memory: Memory) -> tuple[bool,
 
 
 def length(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Answers that grow without bound, or sit at the limit."""
     mean, longest = value(metrics, "completions/mean_length"), value(metrics, "completions/max_length")
     if mean is None:
         return None
@@ -177,6 +181,7 @@ def length(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | 
 
 
 def truncation(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Answers cut off at the limit."""
     clipped = value(metrics, "completions/clipped_ratio")
     if clipped is None:
         return None
@@ -188,6 +193,7 @@ def truncation(config: HealthConfig, metrics: Metrics, memory: Memory) -> Findin
 
 
 def equal_rewards(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Groups whose answers all earn the same, and so teach nothing."""
     equal = value(metrics, "frac_reward_zero_std")
     if equal is None:
         return None
@@ -212,6 +218,7 @@ def equal_rewards(config: HealthConfig, metrics: Metrics, memory: Memory) -> Fin
 
 
 def logp_gap(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Sampler and learner that disagree on the same tokens."""
     gap = value(metrics, "sampling/sampling_logp_difference/mean")
     if gap is None:
         return None
@@ -223,6 +230,7 @@ def logp_gap(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding 
 
 
 def errored(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Answers that no grader could grade."""
     errored = value(metrics, "rollouts/errored_ratio")
     if errored is None:
         return None
