@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tinyr2.core.config import Config, build
-from tinyr2.core.errors import RunError
+from tinyr2.core.errors import RunError, UserError
 from tinyr2.core.files import write_atomic
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Problem
@@ -211,29 +211,38 @@ def _row(console: Console, out: Path, name: str, config: Config) -> dict:
     try:
         row = receive.recv()
     except EOFError:
-        row = None
+        row = f"ended with exit code {child.exitcode}"
     child.join()
-    if row is None:
-        raise RunError(f"quickstart: the stage {name} ended with exit code {child.exitcode}; its output is above")
+    if isinstance(row, str):
+        raise RunError(f"quickstart: the stage {name} {row}; start again with --overwrite")
     return row
 
 
 def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
-    before = _rss_mib()
-    console = Console(json_mode=json_mode)
-    start = time.perf_counter()
+    """One stage; sends its row, or in words why there is none."""
+    try:
+        send.send(_stage(config, out, name, Console(json_mode=json_mode)))
+    except UserError as error:
+        send.send(f"could not go on: {error}")
+    except KeyboardInterrupt:
+        send.send("was interrupted")
+    send.close()
+
+
+def _stage(config: Config, out: str, name: str, console: Console) -> dict | str:
+    before, start = _rss_mib(), time.perf_counter()
     outcome = (distill if isinstance(config, DistillConfig) else sft)(config, console)
+    if outcome["ending"] != "finished":
+        return f"was {outcome['ending']} at step {outcome['step']}"
     trained = sum(row.get("step_s", 0.0) for row in read_jsonl(Path(outcome["run"]) / "timing.jsonl"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)
     result, total, inner = measure(Path(outcome["model"]), Path(out) / "data/held_out.jsonl")
-    console.note(f"{name}: pass@1 {result.pass_at[1].value:.3f}, trained {trained:.0f} s of "
-                 f"{time.perf_counter() - start:.0f} s")
     found = result.pass_at[1]
-    send.send({"params": total, "params_without_embeddings": inner, "pass_at_1": found.value, "low": found.low,
-               "high": found.high, "n": found.n, "tokens_per_s": round(outcome["num_tokens"] / trained),
-               "peak_mib": round(peak - before), "seconds": round(trained, 1), "steps": outcome["step"],
-               "correct": list(result.correct)})
-    send.close()
+    console.note(f"{name}: pass@1 {found.value:.3f}, trained {trained:.0f} s of {time.perf_counter() - start:.0f} s")
+    return {"params": total, "params_without_embeddings": inner, "pass_at_1": found.value, "low": found.low,
+            "high": found.high, "n": found.n, "tokens_per_s": round(outcome["num_tokens"] / trained),
+            "peak_mib": round(peak - before), "seconds": round(trained, 1), "steps": outcome["step"],
+            "correct": list(result.correct)}
 
 
 def measure(model_path: Path, data: Path) -> tuple[EvalResult, int, int]:
