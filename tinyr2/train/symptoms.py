@@ -122,9 +122,11 @@ def entropy(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding |
     right wording legitimately falls from 1.2 to 0.01 nats, since its teacher is that certain too, so low entropy alone
     says nothing. It is a collapse where the goal did not come nearer: for a student that puts all its mass on one
     token, KL(student‖teacher) is the teacher's surprise at that token, so a small KL means shared certainty and a
-    large one means a student sure of what its teacher would not write. Without a teacher the reward decides, and
-    without rewards the loss.
+    large one means a student sure of what its teacher would not write. Without a teacher the reward decides. Supervised
+    text has neither: to be sure of it is what was asked for.
     """
+    if value(metrics, "kl") is None and value(metrics, "reward") is None:
+        return None
     entropy, initial = value(metrics, "entropy"), _initial(config, memory, "entropy")
     if entropy is None or initial is None:
         return None
