@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +213,10 @@ def _row(console: Console, out: Path, name: str, config: Config) -> dict:
         row = receive.recv()
     except EOFError:
         row = f"ended with exit code {child.exitcode}"
+    except KeyboardInterrupt:
+        child.terminate()  # it saves a checkpoint and stops
+        child.join()
+        raise
     child.join()
     if isinstance(row, str):
         raise RunError(f"quickstart: the stage {name} {row}; start again with --overwrite")
@@ -221,11 +226,13 @@ def _row(console: Console, out: Path, name: str, config: Config) -> dict:
 def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
     """One stage; sends its row, or in words why there is none."""
     try:
-        send.send(_stage(config, out, name, Console(json_mode=json_mode)))
+        row = _stage(config, out, name, Console(json_mode=json_mode))
     except UserError as error:
-        send.send(f"could not go on: {error}")
+        row = f"could not go on: {error}"
     except KeyboardInterrupt:
-        send.send("was interrupted")
+        row = "was interrupted"
+    with suppress(BrokenPipeError):  # who asked may have been interrupted too
+        send.send(row)
     send.close()
 
 
