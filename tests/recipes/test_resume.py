@@ -125,3 +125,31 @@ def test_overwriting_never_deletes_what_the_run_reads(world, tmp_path):
     with pytest.raises(RunError, match="--overwrite would delete"):
         sft(again, Console(plain=True), overwrite=True)
     assert (tmp_path / "run/final/model.safetensors").is_file()
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_killed_while_its_folder_is_made_can_be_started_or_resumed(world, tmp_path, monkeypatch, writes, torn):
+    from tinyr2.recipes import run
+    write, done = run.write_atomic, []
+
+    def stop(path, data):
+        if len(done) == writes:
+            if torn:
+                path.with_name(f".{path.name}.torn").write_text("half")
+            raise Killed
+        done.append(path.name)
+        write(path, data)
+
+    monkeypatch.setattr(run, "write_atomic", stop)
+    config = killing.config_of("sft", world, tmp_path / "run", max_steps=2)
+    with pytest.raises(Killed):
+        killing.run(config, resume=False)
+    monkeypatch.undo()
+    killing.run(config, resume=(tmp_path / "run/config.resolved.yaml").is_file())
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+    assert json.loads((tmp_path / "run/env.json").read_text())["verb"] == "sft"

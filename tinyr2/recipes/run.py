@@ -109,8 +109,9 @@ class Run:
 
 def refuse_taken(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """RunError where `folder` holds something that nobody asked to resume or overwrite, or resume finds no run."""
-    # a run that was killed before it wrote its config leaves a lock and nothing to resume
-    taken = folder.exists() and (not folder.is_dir() or any(p.name != "lock" for p in folder.iterdir()))
+    # a run that was killed before its config stood leaves a lock, perhaps a torn temporary file, and nothing to resume
+    taken = folder.exists() and (not folder.is_dir() or any(
+        p.name != "lock" and not p.name.startswith(".") for p in folder.iterdir()))
     if taken and not folder.is_dir():
         raise RunError(f"{folder}: a file, not a run folder; give another output_dir")
     if resume and overwrite:
@@ -160,17 +161,19 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
     folder.mkdir(parents=True, exist_ok=True)
     with single_writer(folder):
         if overwrite:
-            for path in folder.iterdir():
+            # the config goes last: a folder without one would be nobody's, and could not be overwritten again
+            for path in sorted(folder.iterdir(), key=lambda p: p.name == CONFIG):
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not resume:
+            write_atomic(folder / CONFIG, configs.dump(config))  # first: with it alone the run can be resumed
+        if not resume or not (folder / ENV).is_file():
             facts = {"verb": verb, "command": sys.argv, "cwd": os.getcwd(), "started": time.time(),
                      "machine": describe_machine()}
             write_atomic(folder / ENV, json.dumps(facts, indent=2) + "\n")
-            write_atomic(folder / CONFIG, configs.dump(config))
         recover_folders(folder)
-        for leftover in folder.glob(".tmp-*"):
-            shutil.rmtree(leftover)
+        for leftover in folder.glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         run = Run(folder, console, total, show)
         try:
             with _told_once(console):
