@@ -9,7 +9,7 @@ import torch
 from tests.models.full_logits import HEADS, KINDS, Case, D, N, V, default_objective, make_case, naive, run_case
 from tinyr2.core.errors import ConfigError
 from tinyr2.models import head as head_module
-from tinyr2.models.head import Head, run, score
+from tinyr2.models.head import Head, run
 from tinyr2.objectives.policy import sampled_reverse_kl
 
 CHUNKS = (1, V, 3 * V + 4, 2**23)  # less than a token, one token, three (uneven), all
@@ -192,19 +192,21 @@ def test_a_token_has_the_same_scores_alone_and_in_company():
             torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[i], rtol=0, atol=1e-12)
 
 
-def test_score_is_the_log_softmax_and_its_entropy_without_gradient():
+def test_without_gradients_the_streams_are_the_log_softmax_and_its_entropy():
     case = make_case()
-    logp, entropy = score(case.hidden, Head(case.weight, case.bias), case.targets, temperature=1.3)
+    with torch.no_grad():
+        found = run(case.hidden, Head(case.weight, case.bias), case.targets, default_objective(case, None),
+                    temperature=1.3)
     _, expected, _, spread, _ = naive(case, temperature=1.3)
-    torch.testing.assert_close(logp, expected.detach(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(entropy, spread.detach(), rtol=0, atol=1e-12)
-    assert not logp.requires_grad and not entropy.requires_grad
+    torch.testing.assert_close(found.learner_logp, expected.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.entropy, spread.detach(), rtol=0, atol=1e-12)
+    assert not found.loss.requires_grad
 
 
 def test_a_uniform_head_has_log_prob_and_entropy_of_log_v():
-    logp, entropy = score(torch.ones(2, 3), Head(torch.zeros(8, 3)), torch.tensor([0, 7]))
-    assert logp.tolist() == pytest.approx([-math.log(8)] * 2)
-    assert entropy.tolist() == pytest.approx([math.log(8)] * 2)
+    found = run(torch.ones(2, 3), Head(torch.zeros(8, 3)), torch.tensor([0, 7]), lambda s: s.learner_logp.sum())
+    assert found.learner_logp.tolist() == pytest.approx([-math.log(8)] * 2)
+    assert found.entropy.tolist() == pytest.approx([math.log(8)] * 2)
 
 
 def test_a_cropped_vocabulary_normalizes_over_the_kept_tokens_and_pads_the_gradient():

@@ -18,6 +18,7 @@ from tinyr2.core.types import Message, Problem
 from tinyr2.models.load import ModelConfig, save_model
 from tinyr2.recipes import check_data, checks, distill, sft
 from tinyr2.recipes.checks import check_training
+from tinyr2.recipes.distill import checked_inputs
 from tinyr2.recipes.doctor import as_line, doctor, examine, machine_lines, read_config
 from tinyr2.recipes.findings import Finding, ModelFiles, Part, Reader, Setup, fault_of, raise_faults
 from tinyr2.recipes.machine import describe_machine
@@ -572,7 +573,7 @@ def test_a_training_verb_tells_each_warning_once_and_goes_on(files, recipe, conf
     config = build(config_class, raw | {"train": {"eval_steps": 5}}, "test")
     stream = io.StringIO()
     with Console(plain=True, stream=stream) as console:
-        inputs = recipe.read_inputs(config, console)
+        inputs = checked_inputs(recipe.read_setup(config), console)
     assert len(inputs.problems) == 4 and inputs.held_out == [] and inputs.vocab == len(inputs.tokenizer)
     assert stream.getvalue().count("warning: train.eval_steps: no evaluation of this run gives a figure; add") == 1
     assert stream.getvalue().count("\n") == 1

@@ -16,7 +16,7 @@ from tinyr2.core.errors import ConfigError
 from tinyr2.models.logits import Head, Side, head_of, logits_of, prepare, product
 from tinyr2.objectives.divergence import Divergence, measure
 
-__all__ = ["Head", "HeadResult", "Objective", "TokenScores", "head_of", "logits_of", "run", "score"]
+__all__ = ["Head", "HeadResult", "Objective", "TokenScores", "head_of", "logits_of", "run"]
 
 # Elements that one CPU thread walks over at a time: what a block needs stays in the caches.
 CACHED_ELEMENTS = 2**18
@@ -89,13 +89,6 @@ def run(
     if not any(learns):
         return result
     return replace(result, loss=_KnownGradient.apply(result.loss, grads, *inputs))
-
-
-def score(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probs (N,) of the targets and entropies (N,), in nats, without gradient; arguments as `run`'s."""
-    with torch.no_grad():
-        result = run(hidden, head, targets, lambda scores: scores.entropy.new_zeros(()), temperature=temperature)
-    return result.learner_logp, result.entropy
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,8 @@ def read_setup(config: DistillConfig) -> Setup:
                  output_dir=config.output_dir, unread=tuple(reader.faults))
 
 
-def read_inputs(config: DistillConfig, console: Console) -> Inputs:
-    """Load tokenizers, data and rewards, and check all that can be checked without compute."""
-    found = read_setup(config)
+def checked_inputs(found: Setup, console: Console) -> Inputs:
+    """What `found` holds, after every check that needs no compute; a ConfigError names all faults."""
     for warning in raise_faults(check_training(found)):
         console.note(f"warning: {warning.line}")
     return Inputs.of(found)
@@ -147,7 +146,7 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     if overwrite:
         refuse_own_input(Path(config.output_dir), [config.student.path, config.teacher.path, config.data.path])
-    inputs = read_inputs(config, console)
+    inputs = checked_inputs(read_setup(config), console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
     model = setup.load_student(config.student, device, config.train.seed)

@@ -17,9 +17,8 @@ from tinyr2.data.problems import DataConfig, draw
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
 from tinyr2.recipes import setup
-from tinyr2.recipes.checks import check_training
-from tinyr2.recipes.distill import Inputs, worked
-from tinyr2.recipes.findings import Part, Reader, Setup, raise_faults
+from tinyr2.recipes.distill import Inputs, checked_inputs, worked
+from tinyr2.recipes.findings import Part, Reader, Setup
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, load_rewards
@@ -64,20 +63,12 @@ def read_setup(config: SftConfig) -> Setup:
                  device=config.device, output_dir=config.output_dir, unread=tuple(reader.faults))
 
 
-def read_inputs(config: SftConfig, console: Console) -> Inputs:
-    """Load tokenizer, data and rewards, and check all that can be checked without compute."""
-    found = read_setup(config)
-    for warning in raise_faults(check_training(found)):
-        console.note(f"warning: {warning.line}")
-    return Inputs.of(found)
-
-
 def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict:
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     if overwrite:
         refuse_own_input(Path(config.output_dir), [config.model.path, config.data.path])
-    inputs = read_inputs(config, console)
+    inputs = checked_inputs(read_setup(config), console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
     model = setup.load_student(config.model, device, config.train.seed)

@@ -140,7 +140,7 @@ def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
         return {}
     metrics = _measured(state, job)
     if job.config.load_best_model_at_end and metrics:
-        value = _goodness(metrics)
+        value = _metric_for_best_model(metrics)
         best = state.monitor["best"]
         if best is None or value > best["value"]:
             state.monitor["best"] = {"step": state.step, "value": value}
@@ -156,7 +156,7 @@ def _measured(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
     return found
 
 
-def _goodness(metrics: Mapping[str, float]) -> float:
+def _metric_for_best_model(metrics: Mapping[str, float]) -> float:
     """What the best model has most of: pass@1 where it was measured, else a low divergence or loss."""
     for name, sign in (("eval_pass@1", 1.0), ("eval_kl", -1.0), ("eval_loss", -1.0)):
         if name in metrics:
