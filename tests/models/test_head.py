@@ -8,8 +8,9 @@ import torch
 
 from tests.models.full_logits import HEADS, KINDS, Case, D, N, V, default_objective, make_case, naive, run_case
 from tinyr2.core.errors import ConfigError
-from tinyr2.models import head as head_module
+from tinyr2.models import sweep
 from tinyr2.models.head import Head, run
+from tinyr2.models.side import Reader
 from tinyr2.objectives.policy import sampled_reverse_kl
 
 CHUNKS = (1, V, 3 * V + 4, 2**23)  # less than a token, one token, three (uneven), all
@@ -53,17 +54,34 @@ def test_float32_stays_within_1e_5_of_float64(kind, extra):
 
 
 @every_kind
-def test_blocks_inside_a_chunk_change_nothing(kind, monkeypatch):
-    monkeypatch.setattr(head_module, "CACHED_ELEMENTS", 2 * V)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+@every_head
+@pytest.mark.parametrize("block", [1, 3 * V, 5 * 3])
+def test_blocks_of_the_vocabulary_change_nothing(kind, extra, block, monkeypatch):
+    monkeypatch.setattr(sweep, "CPU_BLOCK", block)  # a row, one chunk's whole vocabulary, three rows of a chunk
+    monkeypatch.setattr(sweep, "CPU_ROWS", 5)
     case, parts = make_case(), []
 
     def objective(scores):
         parts.append(scores.part)
         return default_objective(case, KINDS.get(kind))(scores)
 
-    _assert_same(case, KINDS.get(kind), 1e-10, case, objective=objective, chunk_elements=5 * V)
-    assert [(p.start, p.stop) for p in parts] == [(0, 2), (2, 4), (4, 5), (5, 7)]
+    _assert_same(case, KINDS.get(kind), 1e-10, case, extra=extra, objective=objective)
+    assert [(p.start, p.stop) for p in parts] == [(0, 5), (5, 7)]
+
+
+@every_kind
+@pytest.mark.parametrize(("dtype", "low", "tolerance"), [
+    (torch.float64, -3000.0, 1e-9), (torch.float32, -100.0, 1e-4), (torch.float32, 0.0, 1e-5)])
+def test_logits_far_above_those_of_the_first_block_do_not_overflow(kind, dtype, low, tolerance, monkeypatch):
+    monkeypatch.setattr(sweep, "CPU_BLOCK", N)
+    case = make_case().to(dtype)
+    with torch.no_grad():
+        case.bias[:3] += low
+    seen = []
+    refer = Reader.refer_to_largest
+    monkeypatch.setattr(Reader, "refer_to_largest", lambda reader, blocks: seen.append(1) or refer(reader, blocks))
+    _assert_same(case, KINDS.get(kind), tolerance, case.to(torch.float64))
+    assert bool(seen) == (low < 0)
 
 
 def test_the_objective_sees_detached_streams_and_leaves_that_take_a_gradient():

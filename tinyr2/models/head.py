@@ -2,10 +2,10 @@
 
 In: hidden states (N, D) that predict N target tokens, the output head, and an objective over 1-D tensors. Out: the
 loss, whose gradients with respect to hidden states and head are known before `backward` asks, and detached per-token
-streams. Tokens go through in chunks; a chunk's logits turn into their own gradient in place and are never made twice.
+streams. Tokens go through in chunks; a chunk's logits turn into their own gradient in place, and none is made twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,24 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinyr2.core.errors import ConfigError
-from tinyr2.models.logits import Head, Side, head_of, logits_of, prepare, product
-from tinyr2.objectives.divergence import Divergence, measure
+from tinyr2.models.logits import Head, head_of, logits_of
+from tinyr2.models.side import parts, prepare
+from tinyr2.models.sweep import Chunk, Job, TokenScores
+from tinyr2.models.topk import TopK
+from tinyr2.objectives.divergence import Divergence
 
-__all__ = ["Head", "HeadResult", "Objective", "TokenScores", "head_of", "logits_of", "run"]
-
-# Elements that one CPU thread walks over at a time: what a block needs stays in the caches.
-CACHED_ELEMENTS = 2**18
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenScores:
-    """What an objective sees of n learned tokens, all at the temperature of the run."""
-
-    learner_logp: Tensor  # (n,) nats, of the targets; requires grad while something is learned
-    divergence: Tensor | None  # (n,) nats; requires grad likewise; None where none was asked for
-    entropy: Tensor  # (n,) nats, detached
-    teacher_logp: Tensor | None  # (n,) nats, of the targets, detached; None without a teacher
-    part: slice  # which of the N tokens these are
+__all__ = ["Head", "HeadResult", "Objective", "TokenScores", "TopK", "head_of", "logits_of", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +46,8 @@ def run(
     divergence: Divergence | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
-    chunk_elements: int = 2**23,
+    teacher_topk: TopK | None = None,
+    chunk_elements: int = 5 * 2**22,
 ) -> HeadResult:
     """The objective summed over the N tokens, with its gradient to `hidden` and `head`.
 
@@ -67,92 +57,63 @@ def run(
     temperature    divides the logits of student and teacher
     divergence     needs the teacher; the teacher alone gives teacher_logp
     teacher_hidden (N, D_teacher), teacher_head over the same V tokens; nothing of the teacher's gets a gradient
+    teacher_topk   instead of these two: the teacher's k likeliest per token, at this temperature already. The
+                   divergence is over k + 1 buckets, and teacher_logp is NaN where the target is not among the k
     chunk_elements logits that are held at once, per model; at least one token's
 
     float32 and float64 are computed as they are, half precision in float32; bfloat16 on CUDA (or under its autocast)
     multiplies in bfloat16 and accumulates in float32. `backward` runs once: it scales the stored gradients in place.
-    N = 0 gives loss 0 and gradients of zeros. ConfigError where the two vocabularies differ in size.
+    N = 0 gives loss 0 and gradients of zeros. ConfigError where the two vocabularies differ in size, DataError where
+    the k are not distinct tokens of the vocabulary with their log-probs.
     """
     assert temperature > 0 and chunk_elements > 0, f"temperature {temperature}, chunk_elements {chunk_elements}"
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher is hidden states and a head"
-    assert divergence is None or teacher_hidden is not None, "a divergence needs a teacher"
-    inputs = (hidden, head.weight, head.bias)
-    learns = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    assert teacher_hidden is None or teacher_topk is None, "a teacher is given whole or by its top k"
+    taught = teacher_hidden is not None or teacher_topk is not None
+    assert divergence is None or taught, "a divergence needs a teacher"
     if teacher_head is not None and len(teacher_head.weight) != len(head.weight):
         raise ConfigError(f"the student's head has {len(head.weight)} tokens, the teacher's "
                           f"{len(teacher_head.weight)}; read both with head_of(model, vocab=the tokenizer's size)")
-    rows = max(1, chunk_elements // len(head.weight))
-    student = prepare(hidden, head, temperature, rows)
-    teacher = None if teacher_head is None else prepare(teacher_hidden, teacher_head, temperature, rows)
-    with torch.no_grad():
-        result, grads = _sweep(_Job(student, teacher, targets, objective, divergence, learns))
+    if teacher_topk is not None:
+        teacher_topk.check(len(hidden), len(head.weight))
+    inputs = (hidden, head.weight, head.bias)
+    learns = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    student = prepare(hidden, head, temperature)
+    teacher = None if teacher_head is None else prepare(teacher_hidden, teacher_head, temperature)
+    job = Job(student=student, teacher=teacher, topk=teacher_topk, targets=targets, divergence=divergence,
+              learns=learns)
+    # the precision has been chosen: autocast would lower it
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        result, grads = _sweep(job, objective, chunk_elements)
     if not any(learns):
         return result
     return replace(result, loss=_KnownGradient.apply(result.loss, grads, *inputs))
 
 
-@dataclass(frozen=True)
-class _Job:
-    student: Side
-    teacher: Side | None
-    targets: Tensor
-    objective: Objective
-    divergence: Divergence | None
-    learns: tuple[bool, ...]  # whether hidden, weight, bias want a gradient
-
-
-def _sweep(job: _Job) -> tuple[HeadResult, list[Tensor | None]]:
-    side, space = job.student, job.student.space
+def _sweep(job: Job, objective: Objective, chunk_elements: int) -> tuple[HeadResult, list[Tensor | None]]:
+    side = job.student
     count, vocab = len(side.hidden), len(side.weight)
+    space = side.hidden.new_empty(0, dtype=side.work)
+    taught = job.teacher is not None or job.topk is not None
     result = HeadResult(
         loss=space.new_zeros(()), learner_logp=space.new_empty(count), entropy=space.new_empty(count),
         divergence=None if job.divergence is None else space.new_empty(count),
-        teacher_logp=None if job.teacher is None else space.new_empty(count))
+        teacher_logp=space.new_empty(count) if taught else None)
     shapes = (side.hidden.shape, side.weight.shape, (vocab,))
     grads = [space.new_zeros(shape) if wanted else None for shape, wanted in zip(shapes, job.learns, strict=True)]
-    threads = torch.get_num_threads()
-    cached = max(threads, threads * CACHED_ELEMENTS // vocab) if space.device.type == "cpu" else len(space)
-    for part in _parts(0, count, len(space)):
-        logits = side.logits(part)
-        teacher_logits = None if job.teacher is None else job.teacher.logits(part)
-        for rows in _parts(part.start, part.stop, cached):
-            here = slice(rows.start - part.start, rows.stop - part.start)
-            block = None if teacher_logits is None else teacher_logits[here]
-            result.loss.add_(_block(job, rows, logits[here], block, result))
+    rows = min(count, job.rows(chunk_elements))
+    memory = job.space(rows)
+    for part in parts(0, count, max(1, rows)):
+        chunk = Chunk(job, part, memory)
+        scores = chunk.score()
+        _note(scores, result)
         if any(job.learns):
-            _accumulate(grads, side, part, logits)
+            loss, by_logp, by_divergence = _ask(objective, scores, side.gain)
+            chunk.differentiate(by_logp, by_divergence, grads)
+        else:
+            loss = objective(scores)
+        result.loss.add_(loss)
     return result, grads
-
-
-def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
-    return (slice(i, min(i + size, stop)) for i in range(start, stop, max(1, size)))
-
-
-def _block(job: _Job, rows: slice, logits: Tensor, teacher_logits: Tensor | None, streams: HeadResult) -> Tensor:
-    """The loss of a few tokens; fills their streams and leaves d(loss)/d(raw logits) in `logits`."""
-    learns, target = any(job.learns), job.targets[rows, None]
-    tempered = job.student.temper(logits)
-    slope = job.student.slope(tempered) if learns else None
-    logp = torch.log_softmax(tempered, dim=-1)
-    prob = torch.exp(logp, out=logits)
-    learner_logp, entropy = logp.gather(1, target)[:, 0], (prob * logp).sum(-1).neg_()
-    value = pull = teacher_logp = None
-    if job.teacher is not None:
-        teacher = torch.log_softmax(job.teacher.temper(teacher_logits), dim=-1)
-        teacher_logp = teacher.gather(1, target)[:, 0]
-        if job.divergence is not None:
-            value, pull = measure(
-                job.divergence, logp, teacher, student_prob=prob, gradient=learns, overwrite=True)
-    scores = TokenScores(
-        learner_logp=learner_logp, divergence=value, entropy=entropy, teacher_logp=teacher_logp, part=rows)
-    _note(scores, streams)
-    if not learns:
-        return job.objective(scores)
-    loss, by_logp, by_divergence = _ask(job.objective, scores, job.student.gain)
-    _differentiate(prob, target, by_logp, pull, by_divergence)
-    if slope is not None:
-        logits.mul_(slope)
-    return loss
 
 
 def _note(scores: TokenScores, streams: HeadResult) -> None:
@@ -173,33 +134,6 @@ def _ask(objective: Objective, scores: TokenScores, gain: float) -> tuple[Tensor
         grads = torch.autograd.grad(loss, leaves, by, allow_unused=True) if loss.requires_grad else ()
     by_logp, by_divergence, *_ = (*grads, None, None)
     return loss.detach(), by_logp, by_divergence
-
-
-def _differentiate(
-    prob: Tensor, target: Tensor, by_logp: Tensor | None, pull: Tensor | None, by_divergence: Tensor | None
-) -> None:
-    """Turns `prob` (n, V) into by_logp * (onehot(target) - prob) + by_divergence * pull, in its own memory."""
-    if by_logp is None and by_divergence is None:
-        prob.zero_()
-    elif by_logp is None:
-        torch.mul(pull, by_divergence[:, None], out=prob)
-    else:
-        prob.mul_(-by_logp[:, None])
-        if by_divergence is not None:
-            prob.addcmul_(pull, by_divergence[:, None])
-        prob.scatter_(1, target, prob.gather(1, target) + by_logp[:, None])
-
-
-def _accumulate(grads: list[Tensor | None], side: Side, part: slice, by_logits: Tensor) -> None:
-    """Adds a chunk's share, by_logits (n, V), to the gradients of hidden states, weight and bias."""
-    hidden, weight, bias = grads
-    pull = by_logits.to(side.weight.dtype)
-    if hidden is not None:
-        product(pull, side.weight, hidden[part])
-    if weight is not None:
-        product(pull.t(), side.hidden[part], weight, add=True)
-    if bias is not None:
-        bias.add_(by_logits.sum(0))
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """The output head: hidden states become logits.
 
-In: a Hugging Face causal LM. Out: its head as a value, and the logits of a few states: scaled, softcapped and divided
-by a temperature in one place, for the decoder, the learner and the teacher alike.
+In: a Hugging Face causal LM. Out: its head as a value, the logits of a few states, and the precision that the head's
+products run in, for the decoder, the learner and the teacher alike.
 """
 
 from dataclasses import dataclass
@@ -60,61 +60,26 @@ def _scale_in(config) -> float:
     return scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling
 
 
-@dataclass(frozen=True)
-class Side:
-    """One model: states and head, detached, in the dtype that products read; space for one chunk's logits."""
+def precision(hidden: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What the head's products read, and what they give: half precision is read as it is on CUDA alone.
 
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    space: Tensor  # (rows, V) float32 or float64
-    gain: float  # scale / temperature
-    bound: float | None  # softcap / temperature
-
-    def logits(self, part: slice) -> Tensor:
-        """(n, V) raw logits of a chunk, in `space`: the chunk before is gone."""
-        out = self.space[: part.stop - part.start]
-        product(self.hidden[part], self.weight.t(), out)
-        return out if self.bias is None else out.add_(self.bias)
-
-    def temper(self, raw: Tensor) -> Tensor:
-        """Scale, softcap and temperature, in place."""
-        if self.gain != 1.0 or self.bound is not None:
-            raw.mul_(self.gain if self.bound is None else self.gain / self.bound)
-        return raw if self.bound is None else raw.tanh_().mul_(self.bound)
-
-    def slope(self, tempered: Tensor) -> Tensor | None:
-        """d(tempered) / d(raw) without the factor `gain`; None where it is 1."""
-        return None if self.bound is None else (tempered / self.bound).square_().neg_().add_(1.0)
-
-
-def prepare(hidden: Tensor, head: Head, temperature: float, rows: int) -> Side:
-    """A side for `hidden` (N, D) with space for the logits of `rows` tokens; asks whether autocast is on."""
+    Asks whether autocast is on; float64 stays float64, everything else gives float32.
+    """
     kind = hidden.device.type
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     seen = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    product = torch.bfloat16 if kind == "cuda" and seen == torch.bfloat16 else work
-    return Side(
-        hidden=hidden.detach().to(product),
-        weight=head.weight.detach().to(product),
-        bias=None if head.bias is None else head.bias.detach().to(work),
-        space=torch.empty(min(rows, len(hidden)), len(head.weight), dtype=work, device=hidden.device),
-        gain=head.scale / temperature,
-        bound=None if head.softcap is None else head.softcap / temperature,
-    )
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b, in out's dtype: autocast leaves products with an `out` alone."""
-    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}  # an argument that CUDA alone takes
-    if add:
-        torch.addmm(out, a, b, out=out, **wide)
-    else:
-        torch.mm(a, b, out=out, **wide)
+    return torch.bfloat16 if kind == "cuda" and seen == torch.bfloat16 else work, work
 
 
 @torch.no_grad()
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """Logits (n, V) of a few states (n, D), as the model means them: what a decoder draws from."""
-    side = prepare(hidden, head, 1.0, len(hidden))
-    return side.temper(side.logits(slice(0, len(hidden))))
+    seen, work = precision(hidden)
+    logits = torch.empty(len(hidden), len(head.weight), dtype=work, device=hidden.device)
+    wide = {} if seen == work else {"out_dtype": work}  # an argument that CUDA alone takes
+    torch.mm(hidden.to(seen), head.weight.to(seen).t(), out=logits, **wide)  # autocast leaves an `out` alone
+    if head.bias is not None:
+        logits.add_(head.bias.to(work))
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)

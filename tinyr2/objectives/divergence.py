@@ -1,10 +1,11 @@
-"""Divergences between a student's and a teacher's next-token distributions, over the whole vocabulary.
+"""Divergences between a student's and a teacher's next-token distributions.
 
-In: log-probabilities (n, V) of both. Out: the divergence of each of the n tokens, and its gradient with respect to the
-student's logits, in closed form.
+In: log-probabilities (n, V) of both, or their logits block by block of the vocabulary. Out: the divergence of each of
+the n tokens, and its gradient with respect to the student's logits, in closed form.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tinyr2.core.config import Config
+
+NATS = math.log(2.0)  # nats in a bit
 
 
 class Divergence(Config):
@@ -29,21 +32,11 @@ class Divergence(Config):
         return {"kind": value} if isinstance(value, str) else value
 
 
-def measure(
-    spec: Divergence,
-    student_logp: Tensor,
-    teacher_logp: Tensor,
-    *,
-    student_prob: Tensor | None = None,
-    gradient: bool = True,
-    overwrite: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def measure(spec: Divergence, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
     """The divergence of each token, (n,) nats, and its gradient with respect to the student's logits, (n, V).
 
     student_logp, teacher_logp (n, V) nats, normalized and finite: a probability may round to 0, its logarithm may not
-    be -inf    student_prob (n, V) exp(student_logp), where the caller has it already
-    gradient   False: only the values; None stands for the gradient
-    overwrite  True: teacher_logp's memory may be used, and is garbage afterwards (or holds the gradient)
+    be -inf
 
     With S the student, T the teacher and M = beta T + (1 - beta) S (Agarwal et al. 2023, arXiv 2306.13649, Section 2):
         reverse_kl  KL(S||T)                                gradient  S (log S - log T - KL(S||T))
@@ -51,40 +44,75 @@ def measure(
         jsd         beta KL(T||M) + (1 - beta) KL(S||M)     gradient  (1 - beta) S (log S - log M - KL(S||M))
     """
     assert student_logp.shape == teacher_logp.shape, f"{tuple(student_logp.shape)} and {tuple(teacher_logp.shape)}"
-    prob = student_logp.exp() if student_prob is None else student_prob
-    work = teacher_logp if overwrite else teacher_logp.clone()
-    if spec.kind == "reverse_kl":
-        return _reverse_kl(student_logp, prob, work, gradient)
+    student, teacher = student_logp.exp(), teacher_logp.exp()
     if spec.kind == "forward_kl":
-        return _forward_kl(student_logp, prob, work, gradient)
-    return _jsd(student_logp, prob, work, gradient, spec.beta)
-
-
-def _reverse_kl(student_logp: Tensor, prob: Tensor, work: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    gap = torch.sub(student_logp, work, out=work)
-    value = _mean(prob, gap)
-    return value, gap.sub_(value[:, None]).mul_(prob) if gradient else None
-
-
-def _forward_kl(student_logp: Tensor, prob: Tensor, work: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    gap = work - student_logp
-    teacher_prob = work.exp_()
-    value = _mean(teacher_prob, gap)
-    return value, torch.sub(prob, teacher_prob, out=teacher_prob) if gradient else None
-
-
-def _jsd(
-    student_logp: Tensor, prob: Tensor, work: Tensor, gradient: bool, beta: float
-) -> tuple[Tensor, Tensor | None]:
-    mixture = torch.logaddexp(student_logp + math.log1p(-beta), work + math.log(beta))
-    teacher_prob = work.exp()
-    teacher_kl = _mean(teacher_prob, work.sub_(mixture))
-    gap = torch.sub(student_logp, mixture, out=mixture)
-    student_kl = _mean(prob, gap)
-    value = beta * teacher_kl + (1 - beta) * student_kl
-    return value, gap.sub_(student_kl[:, None]).mul_(prob).mul_(1 - beta) if gradient else None
+        return _mean(teacher, teacher_logp - student_logp), student - teacher
+    if spec.kind == "reverse_kl":
+        gap = student_logp - teacher_logp
+        value = _mean(student, gap)
+        return value, student * (gap - value[:, None])
+    beta = spec.beta
+    mixture = torch.logaddexp(student_logp + math.log1p(-beta), teacher_logp + math.log(beta))
+    gap = student_logp - mixture
+    kl = _mean(student, gap)
+    value = beta * _mean(teacher, teacher_logp - mixture) + (1 - beta) * kl
+    return value, (1 - beta) * student * (gap - kl[:, None])
 
 
 def _mean(prob: Tensor, values: Tensor) -> Tensor:
     # A sum and no batched product: products may run in TF32, which would leave three digits of a small divergence.
     return (prob * values).sum(-1)
+
+
+@dataclass(frozen=True)
+class Pull:
+    """A divergence's gradient by the student's logits, from what two blocks (C, n) hold: x * kept + e * raised."""
+
+    x: Tensor  # (n,)
+    e: Tensor  # (n,)
+
+
+def add_kl(kind: str, student: Tensor, teacher: Tensor, raised: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A block of the vocabulary for one of the two KLs: the teacher's sum of 2^t, and the cross sum; both (n,).
+
+    student, teacher (C, n) logits s and t in bits above any reference of each token: garbage afterwards
+    raised           (C, n) 2^s    kept (C, n) receives what the gradient needs
+    """
+    if kind == "reverse_kl":
+        gap = student.sub_(teacher)
+        cross = torch.mul(raised, gap, out=kept).sum(0)
+        return teacher.exp2_().sum(0), cross
+    gap = torch.sub(teacher, student, out=student)
+    torch.exp2(teacher, out=kept)
+    return kept.sum(0), gap.mul_(kept).sum(0)
+
+
+def conclude_kl(kind: str, cross: Tensor, student_sum: Tensor, teacher_sum: Tensor) -> tuple[Tensor, Pull]:
+    """The KL (n,) nats and its pull from sums over all blocks: of `add_kl`'s cross, of 2^s and of 2^t."""
+    shift = student_sum.log2() - teacher_sum.log2()
+    if kind == "reverse_kl":
+        mean = cross / student_sum
+        scale = NATS / student_sum
+        return (mean - shift) * NATS, Pull(scale, -scale * mean)
+    return (cross / teacher_sum + shift) * NATS, Pull(-1 / teacher_sum, 1 / student_sum)
+
+
+def add_jsd(beta: float, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """A block of the vocabulary for the JSD: KL(S||M)'s and KL(T||M)'s share of it, (n,) bits.
+
+    student, teacher (C, n) log2-probs, finite; they turn into S and S (log2 S - log2 M), which the gradient needs
+    """
+    prob, teacher_prob = student.exp2(), teacher.exp2()
+    # where both round to 0 the logarithm must stay finite, or 0 times it would be NaN
+    mixture = torch.lerp(prob, teacher_prob, beta).clamp_min_(torch.finfo(prob.dtype).tiny).log2_()
+    teacher_kl = teacher.sub_(mixture).mul_(teacher_prob).sum(0)
+    kept = torch.mul(student.sub_(mixture), prob, out=teacher)
+    student.copy_(prob)
+    return kept.sum(0), teacher_kl
+
+
+def conclude_jsd(beta: float, student_kl: Tensor, teacher_kl: Tensor) -> tuple[Tensor, Pull]:
+    """The JSD (n,) nats and its pull from sums of `add_jsd`'s two shares over all blocks."""
+    value = (beta * teacher_kl + (1 - beta) * student_kl) * NATS
+    scale = torch.full_like(student_kl, (1 - beta) * NATS)
+    return value, Pull(scale, -scale * student_kl)
