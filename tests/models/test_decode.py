@@ -1,9 +1,11 @@
-"""The slot cache: prefill and steps give the states of the whole forward, whatever came, went and moved in between."""
+"""The decode copy: prefill and steps give the states of the whole forward, whatever came, went and moved in between."""
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.models.test_packed import CLASSES, make
+from tests.models.test_packed import CLASSES, SHAPE, make
+from tinyr2.core.errors import RunError
 from tinyr2.models import decode
 from tinyr2.models.load import LoraConfig, add_lora
 
@@ -18,22 +20,23 @@ def last_state(model, ids: list[int]) -> torch.Tensor:
 
 
 class Slots:
-    """A cache, and beside it the tokens that each slot should hold."""
+    """A decoder and its cache, and beside it the tokens that each slot should hold."""
 
-    def __init__(self, model):
-        self.model, self.cache, self.rows = model, decode.SlotCache(torch.device("cpu")), []
+    def __init__(self, model, atol: float = 5e-6, **options):
+        self.model, self.atol = model, atol
+        self.decoder = decode.Decoder(model, **options)
+        self.cache, self.rows = self.decoder.new_cache(), []
 
     def enter(self, prompts, copies) -> torch.Tensor:
         self.rows += [list(p) for p, c in zip(prompts, copies, strict=True) for _ in range(c)]
-        with torch.no_grad():
-            return decode.prefill(self.model, self.cache, prompts, copies)
+        return self.decoder.prefill(self.cache, prompts, copies)
 
-    def step(self, tokens: list[int]) -> None:
-        with torch.no_grad():
-            states = decode.step(self.model, self.cache, torch.tensor(tokens))
+    def step(self, tokens: list[int]) -> torch.Tensor:
+        states = self.decoder.step(self.cache, torch.tensor(tokens))
         for row, token in zip(self.rows, tokens, strict=True):
             row.append(token)
         self.compare(states, self.rows)
+        return states
 
     def drop(self, gone: set[int]) -> list[int]:
         order = self.cache.drop(gone)
@@ -42,14 +45,15 @@ class Slots:
 
     def compare(self, states: torch.Tensor, rows: list[list[int]]) -> None:
         assert len(self.cache) == len(self.rows)
-        assert self.cache.lengths.tolist() == [len(r) for r in self.rows]
+        assert self.cache.lengths == [len(r) for r in self.rows]
         expected = torch.stack([last_state(self.model, r) for r in rows])
-        torch.testing.assert_close(states, expected, rtol=0, atol=5e-6)
+        torch.testing.assert_close(states, expected, rtol=0, atol=self.atol)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
-def test_rows_that_enter_leave_and_move_keep_the_states_of_the_whole_forward(name):
-    slots = Slots(make(name))
+def test_rows_that_enter_leave_and_move_keep_the_states_of_the_whole_forward(name, exact):
+    slots = Slots(make(name), exact=exact)
     states = slots.enter(PROMPTS, [2, 1, 2])
     slots.compare(states, slots.rows)
     for t in range(3):
@@ -106,3 +110,78 @@ def test_an_adapted_model_decodes_through_its_adapters():
     slots = Slots(model)
     slots.enter(PROMPTS, [1, 1, 1])
     slots.step([7, 7, 7])
+
+
+def test_a_switched_off_adapter_is_not_merged():
+    model = add_lora(make("qwen3"), LoraConfig(r=2), 0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.3)
+    with model.disable_adapter():
+        slots = Slots(model)
+        slots.compare(slots.enter(PROMPTS, [1, 1, 1]), slots.rows)
+
+
+def test_a_copy_notices_that_the_weights_have_changed_since():
+    model = make("llama")
+    decoder = decode.Decoder(model, version=7)
+    decoder.check()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # no gradient: nothing changes
+    decoder.check()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RunError, match="stale.*version 7"):
+        decoder.check()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_exact_row_has_the_same_bits_alone_and_in_company(name):
+    decoder = decode.Decoder(make(name), exact=True)
+    company = [*PROMPTS, *((i % 31, 3, (7 * i) % 31) for i in range(70)), tuple(range(30))]
+    written = [[(5 * t + i) % 31 for i in range(len(company))] for t in range(40)]
+    cache = decoder.new_cache()
+    together = [decoder.prefill(cache, company, [1] * len(company))]
+    together += [decoder.step(cache, torch.tensor(tokens)) for tokens in written]
+    logits = decoder.logits(together[-1])
+    for row in (0, 1, 2, 40):
+        cache = decoder.new_cache()
+        alone = [decoder.prefill(cache, [company[row]], [1])]
+        alone += [decoder.step(cache, torch.tensor([tokens[row]])) for tokens in written]
+        assert all(torch.equal(a[0], b[row]) for a, b in zip(alone, together, strict=True))
+        assert torch.equal(decoder.logits(alone[-1])[0], logits[row])
+
+
+def test_logits_are_scaled_capped_and_cropped():
+    model = make("llama")
+    model.config.logit_scale, model.config.final_logit_softcapping = 0.5, 3.0
+    decoder = decode.Decoder(model, vocab=20)
+    states = decoder.prefill(decoder.new_cache(), PROMPTS, [1, 1, 1])
+    raw = states @ model.lm_head.weight[:20].detach().t()
+    torch.testing.assert_close(decoder.logits(states), 3 * torch.tanh(raw * 0.5 / 3), rtol=0, atol=1e-6)
+
+
+def test_a_copy_in_bfloat16_is_near_one_in_float32():
+    copies = [decode.Decoder(make("qwen3"), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    wide, narrow = (copy.prefill(copy.new_cache(), PROMPTS, [1, 1, 1]) for copy in copies)
+    assert narrow.dtype == torch.bfloat16
+    assert 0 < float((wide - narrow.float()).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_scaled_rotary_positions_are_those_of_the_stock_forward(kind):
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    torch.manual_seed(0)
+    slots = Slots(LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope)).eval())
+    slots.compare(slots.enter(PROMPTS, [1, 1, 1]), slots.rows)
+    slots.step([3, 4, 5])
+
+
+def test_rotary_positions_that_depend_on_the_longest_row_are_not_decoded_by_a_copy():
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
+    assert not decode.supports_decoding(model)
+    assert decode.supports_decoding(make("llama"))

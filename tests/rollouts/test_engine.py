@@ -5,9 +5,11 @@ import torch
 
 from tests.models.test_packed import CLASSES, make
 from tests.rollouts.reference import decode
-from tinyr2.models import packed
+from tinyr2.core.errors import RunError
+from tinyr2.models.decode import Decoder
+from tinyr2.rollouts import engine
 from tinyr2.rollouts.engine import decode_all
-from tinyr2.rollouts.request import Request
+from tinyr2.rollouts.request import Ending, Request
 from tinyr2.rollouts.sampling import SamplingConfig
 
 PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8), (9, 2, 6, 5, 3, 5, 8), (9, 7), (2,), (3, 1, 4),
@@ -38,10 +40,42 @@ def test_both_endings_occur_in_what_is_compared():
 def test_the_padded_decoder_writes_the_same(monkeypatch):
     model = make("qwen3")
     fast = decode_all(model, REQUESTS, SamplingConfig(), stop=STOP)
-    monkeypatch.setattr(packed, "PACKED", frozenset())
+    monkeypatch.setattr(engine, "supports_decoding", lambda _: False)
     with pytest.warns(UserWarning, match="slower"):
         slow = decode_all(model, REQUESTS, SamplingConfig(), stop=STOP, max_rows=3)
     assert [(a.response_ids, a.finish) for a in slow] == [(a.response_ids, a.finish) for a in fast]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_answer_is_over_when_its_ending_says_so(monkeypatch, padded):
+    monkeypatch.setattr(engine, "supports_decoding", lambda _: not padded)
+    model, limit = make("qwen3"), [dataclasses.replace(r, max_new=30) for r in REQUESTS]
+    whole = decode_all(model, limit, SamplingConfig(), stop=())
+    ending = Ending(ids=frozenset(STOP), finished=lambda ids: sum(ids) > 100)
+    for full, cut in zip(whole, decode_all(model, limit, SamplingConfig(), stop=ending), strict=True):
+        over = [n for n in range(1, 31) if full.response_ids[n - 1] in STOP or sum(full.response_ids[:n]) > 100]
+        assert cut.response_ids == full.response_ids[:over[0]]
+        assert cut.finish == "stop"
+
+
+def test_a_stale_copy_of_the_weights_is_refused():
+    model = make("qwen3")
+    decoder = Decoder(model, version=3)
+    fresh = decode_all(decoder, REQUESTS, SamplingConfig(), stop=STOP)
+    assert fresh == decode_all(model, REQUESTS, SamplingConfig(), stop=STOP)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2.0)
+    with pytest.raises(RunError, match="stale"):
+        decode_all(decoder, REQUESTS, SamplingConfig(), stop=STOP)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_exact_copy_gives_every_answer_the_same_bits_in_any_company(name):
+    decoder = Decoder(make(name), exact=True)
+    together = decode_all(decoder, REQUESTS * 9, SamplingConfig(), stop=STOP)
+    assert together[:8] == together[-8:]
+    for max_rows in (1, 3, 7):
+        assert decode_all(decoder, REQUESTS, SamplingConfig(), stop=STOP, max_rows=max_rows) == together[:8]
 
 
 def test_a_seed_gives_the_same_text_whatever_it_travels_with():

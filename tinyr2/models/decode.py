@@ -1,159 +1,136 @@
-"""Decoding with a cache that has no padding: each row of the cache is a slot with a length of its own.
+"""Decoding: a copy of a model's weights made for writing, and the steps that it takes.
 
-In: prompts, then one token per live slot and step. Out: the hidden states that predict the next tokens. The forward is
-the stock one, with its attention replaced; only the classes in `packed.PACKED` can come here.
+In: prompts, then one token per live row and step. Out: the hidden states that predict the next tokens, and their
+logits. The copy joins projections, folds norms and merges adapters, once for each version of the weights; it knows
+when the weights have moved on, and refuses to write with the old ones.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
-from tinyr2.models.packed import Layout, attend, attention, body_of, layout
+from tinyr2.core.errors import RunError
+from tinyr2.models.blocks import FeedForward, Form, GroupedAttention, Now, Prompts, floor_of, normalize, pack
+from tinyr2.models.logits import head_of
+from tinyr2.models.mla import LatentAttention
+from tinyr2.models.moe import Experts
+from tinyr2.models.packed import body_of, layout
+from tinyr2.models.slots import UNKNOWN, SlotCache
 
-
-@dataclass(frozen=True)
-class _Prefill:
-    """Where the keys of packed prompt tokens go: token `source[i]` to slot `slot[i]`, column `column[i]`."""
-
-    rows: Layout
-    source: Tensor
-    slot: Tensor
-    column: Tensor
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One new token per slot: slot i has `column[i]` tokens before it; `mask` (R, 1, 1, L) hides what it lacks."""
-
-    column: Tensor
-    mask: Tensor
+DENSE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
+STEADY = frozenset({"default", "linear", "llama3", "yarn"})  # rotary angles that do not depend on what else is decoded
 
 
-class SlotCache:
-    """Keys and values of R live rows, in slots 0 … R-1, of `lengths` tokens each."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.lengths = torch.zeros(0, dtype=torch.long, device=device)
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._now: _Prefill | _Step | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """What transformers' attention layers call: store new keys and values, return those to attend to."""
-        if layer == len(self._keys):
-            self._keys.append(key.new_empty(0, key.shape[1], 0, key.shape[3]))
-            self._values.append(value.new_empty(0, value.shape[1], 0, value.shape[3]))
-        now = self._now
-        if isinstance(now, _Prefill):
-            for store, new in ((self._keys, key), (self._values, value)):
-                store[layer] = _fit(store[layer], len(self.lengths), int(now.column.max()) + 1)
-                store[layer][now.slot, :, now.column] = new[0].transpose(0, 1)[now.source]
-            return key, value
-        rows, width = len(now.column), now.mask.shape[-1]
-        index = torch.arange(rows, device=self.device)
-        for store, new in ((self._keys, key), (self._values, value)):
-            store[layer] = _fit(store[layer], rows, width)
-            store[layer][index, :, now.column] = new[:, :, 0]
-        return self._keys[layer][:rows, :, :width], self._values[layer][:rows, :, :width]
-
-    def drop(self, gone: set[int]) -> list[int]:
-        """Free slots; the last live ones move into the holes, so that a leaving row costs one row's copy.
-
-        Returns the old slot of each new slot 0 … R'-1.
-        """
-        left = len(self) - len(gone)
-        order = list(range(left))
-        holes = [s for s in order if s in gone]
-        movers = [s for s in range(left, len(self)) if s not in gone]
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
-            n = int(self.lengths[mover])
-            for store in (*self._keys, *self._values):
-                store[hole, :, :n] = store[mover, :, :n]
-        self.lengths = self.lengths[torch.tensor(order, dtype=torch.long, device=self.device)]
-        return order
-
-    def get_seq_length(self, *_) -> int:
-        """Part of what transformers expects of a cache; positions are always given, so nothing depends on it."""
-        return int(self.lengths.max()) if len(self.lengths) else 0
+def supports_decoding(model: nn.Module) -> bool:
+    """Whether `Decoder` knows the model's class and its kind of rotary positions."""
+    config = model.config
+    return config.model_type in DENSE | LATENT and body_of(model).rotary_emb.rope_type in STEADY
 
 
-def _fit(store: Tensor, rows: int, width: int) -> Tensor:
-    """`store` with room for `rows` and `width`; columns grow by half so that copies stay rare."""
-    if store.shape[0] >= rows and store.shape[2] >= width:
-        return store
-    wide = store.shape[2] if store.shape[2] >= width else max(width, store.shape[2] * 3 // 2, 32)
-    # zeros, not empty: a masked cell still enters 0 · value, and an uninitialized NaN would spread
-    out = store.new_zeros(max(rows, store.shape[0]), store.shape[1], wide, store.shape[3])
-    out[:store.shape[0], :, :store.shape[2]] = store
-    return out
+def _quiet(method: Callable) -> Callable:
+    """Without gradients, and without autocast: the copy has one dtype, and its products have it too."""
+    @wraps(method)
+    def run(self, *args):
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            return method(self, *args)
+    return run
 
 
-def prefill(model: nn.Module, cache: SlotCache, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
-    """Append slots: `copies[i]` of them for prompt i, whose keys are computed once.
+class Decoder:
+    """A decode copy of a causal LM's weights: attention and feed-forward of each layer, final norm, head."""
 
-    Returns (sum(copies), D): for each new slot, the state that predicts its first token.
-    """
-    lengths = [len(p) for p in prompts]
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    source, slot, column, last = [], [], [], []
-    new = len(cache)
-    for i, n in enumerate(lengths):
-        for _ in range(copies[i]):
-            source.append(torch.arange(n) + starts[i])
-            slot.append(torch.full((n,), new))
-            column.append(torch.arange(n))
-            last.append(int(starts[i + 1]) - 1)
-            new += 1
-    grown = torch.tensor([n for n, c in zip(lengths, copies, strict=True) for _ in range(c)], device=cache.device)
-    cache.lengths = torch.cat([cache.lengths, grown])
-    places = (torch.cat(x).to(cache.device) for x in (source, slot, column))
-    cache._now = _Prefill(layout(lengths, cache.device), *places)
-    tokens = torch.tensor([t for p in prompts for t in p], device=cache.device)
-    position = torch.cat([torch.arange(n) for n in lengths]).to(cache.device)
-    hidden = _forward(model, cache, tokens[None], position[None])
-    return hidden[0, torch.tensor(last, device=cache.device)]
+    def __init__(self, model: nn.Module, *, vocab: int | None = None, dtype: torch.dtype | None = None,
+                 exact: bool = False, version: int = 0):
+        """vocab: the head's first so many ids    dtype: of the copy; None: autocast's where it is on, or the head's
+        exact: a row's numbers do not depend, bit for bit, on the rows beside it    version: a stamp for the caller"""
+        assert supports_decoding(model), f"{type(model).__name__}: no decode copy is known for this class"
+        body, head = body_of(model), head_of(model, vocab)
+        self.form = Form(dtype or _dtype_of(head.weight), exact)
+        self.version = version
+        watched = (*model.parameters(), *model.buffers())  # a router's bias is a buffer
+        self._seen = [(t, t._version) for t in watched]
+        self._embedding, self._rotary = body.embed_tokens, body.rotary_emb
+        self._layers = [_copy(layer, self.form) for layer in body.layers[:body.config.num_hidden_layers]]
+        self._norm = body.norm.weight.detach().float() * body.norm.weight.numel() ** 0.5
+        self._floor = floor_of(body.norm)
+        self._head, self._scale, self._softcap = pack(head.weight, head.bias, self.form), head.scale, head.softcap
+        self._turns = torch.zeros(0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it writes."""
+        return self._embedding.weight.device
+
+    def check(self) -> None:
+        """RunError where a weight has changed since it was copied."""
+        if any(t._version != seen for t, seen in self._seen):
+            raise RunError(f"the decode copy of the weights is stale: they have changed since it was made, for version "
+                           f"{self.version}; make a new one after each optimizer step")
+
+    def new_cache(self, columns: int = UNKNOWN) -> SlotCache:
+        """An empty cache, for rows of up to `columns` tokens if that is known."""
+        like = torch.empty(0, dtype=self.form.dtype, device=self.device)
+        stores = [attention.stores(like) for attention, _ in self._layers]
+        return SlotCache(stores, self.device, longest=columns, exact=self.form.exact)
+
+    @_quiet
+    def prefill(self, cache: SlotCache, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        """Append copies[i] slots for prompt i, which is computed once → (sum(copies), D), each slot's last state."""
+        lengths = [len(p) for p in prompts]
+        fill = cache.append(prompts, copies)
+        position = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        rows = layout(lengths, self.device, padding=0.0) if self.form.exact else layout(lengths, self.device)
+        where = Prompts(rows, fill, self._turn(position, max(lengths)))
+        x = self._embed(torch.tensor([t for p in prompts for t in p], device=self.device))
+        for (attention, feed), stores in zip(self._layers, cache.layers, strict=True):
+            x = feed(attention.prefill(x, where, stores))
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        last = torch.repeat_interleave(ends, torch.tensor(list(copies))).to(self.device)
+        return self._final(x[last])
+
+    @_quiet
+    def step(self, cache: SlotCache, tokens: Tensor) -> Tensor:
+        """Feed one token to each slot. tokens (R,) int64 → (R, D), the states that predict the next ones."""
+        step = cache.advance()
+        now = Now(step, self._turn(step.column, step.width))
+        x = self._embed(tokens)
+        for (attention, feed), stores in zip(self._layers, cache.layers, strict=True):
+            x = feed(attention.step(x, now, stores))
+        return self._final(x)
+
+    @_quiet
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, D) → (n, V) float32, a fresh tensor."""
+        raw = self._head(states).float()
+        if self._scale != 1.0:
+            raw.mul_(self._scale)
+        return raw if self._softcap is None else raw.div_(self._softcap).tanh_().mul_(self._softcap)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._embedding(tokens).to(self.form.dtype)
+
+    def _final(self, x: Tensor) -> Tensor:
+        return normalize(x, self._floor).mul_(self._norm.to(x.dtype))
+
+    def _turn(self, position: Tensor, longest: int) -> Tensor:
+        """(n,) → (n, d/2) complex64: e^{i position theta}, with the scaling that some kinds of rope ask for."""
+        if len(self._turns) < longest:
+            theta = self._rotary.inv_freq.float()
+            angle = torch.arange(longest * 3 // 2, device=self.device)[:, None] * theta
+            self._turns = torch.polar(torch.full_like(angle, self._rotary.attention_scaling), angle)
+        return self._turns[position]
 
 
-def step(model: nn.Module, cache: SlotCache, tokens: Tensor) -> Tensor:
-    """Feed one token to each slot. tokens (R,) int64 → (R, D), the states that predict the next ones."""
-    column = cache.lengths
-    cache.lengths = column + 1
-    width = int(cache.lengths.max())
-    mask = torch.arange(width, device=cache.device)[None] <= column[:, None]
-    cache._now = _Step(column, mask[:, None, None])
-    return _forward(model, cache, tokens[:, None], column[:, None])[:, 0]
+def _copy(layer: nn.Module, form: Form) -> tuple[GroupedAttention | LatentAttention, FeedForward | Experts]:
+    attention = LatentAttention if layer.self_attn.config.model_type in LATENT else GroupedAttention
+    feed = Experts if hasattr(layer.mlp, "experts") else FeedForward
+    return (attention(layer.self_attn, layer.input_layernorm, form),
+            feed(layer.mlp, layer.post_attention_layernorm, form))
 
 
-def _forward(model: nn.Module, cache: SlotCache, tokens: Tensor, position: Tensor) -> Tensor:
-    body = body_of(model)
-    with attention(body, "tinyr2_slots"):
-        return body(input_ids=tokens, position_ids=position, past_key_values=cache, use_cache=True,
-                    tinyr2_slots=cache).last_hidden_state
-
-
-def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-               scaling: float | None = None, sliding_window: int | None = None, tinyr2_slots: SlotCache,
-               **_) -> tuple[Tensor, None]:
-    """The shape in which transformers calls an attention function."""
-    now = tinyr2_slots._now
-    if isinstance(now, _Prefill):
-        return attend(query, key, value, now.rows, scaling=scaling, window=sliding_window), None
-    mask = now.mask
-    if sliding_window is not None and mask.shape[-1] > sliding_window:
-        column = torch.arange(mask.shape[-1], device=mask.device)
-        mask = mask & (column > now.column[:, None, None, None] - sliding_window)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                         enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register("tinyr2_slots", _interface)
+def _dtype_of(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

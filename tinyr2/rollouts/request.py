@@ -1,5 +1,6 @@
 """What a decoder is asked, and what it answers."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tinyr2.core.types import Finish
@@ -27,3 +28,15 @@ class Answer:
     response_ids: tuple[int, ...]
     logp: tuple[float, ...]  # (n,) nats at the sampling temperature, over the whole vocabulary
     finish: Finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """When an answer is over, before its limit: after one of the ids, or when `finished` says so of its tokens."""
+
+    ids: frozenset[int] = frozenset()
+    finished: Callable[[Sequence[int]], bool] | None = None
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether the last of `ids` ends the answer."""
+        return ids[-1] in self.ids or (self.finished is not None and self.finished(ids))

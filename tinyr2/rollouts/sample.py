@@ -6,22 +6,26 @@ In: problems. Out: rollouts, problem by problem, with tokens, text and the log-p
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.errors import DataError
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Author, Problem, Rollout
+from tinyr2.models.decode import Decoder, supports_decoding
 from tinyr2.rollouts.engine import decode_all
-from tinyr2.rollouts.request import Request
+from tinyr2.rollouts.request import Ending, Request
 from tinyr2.rollouts.sampling import SamplingConfig
+from tinyr2.rollouts.stopping import StopStrings
 from tinyr2.tokens.chat import decode, render_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A model that writes, with what it needs to read and to stop."""
+    """A model that writes, with what it needs to read and to stop; of one version of its weights."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -29,11 +33,20 @@ class Policy:
     vocab: int  # ids that may be drawn: the first so many of the head's
     context: int | None  # the most tokens a sequence may have
     version: int = 0  # optimizer steps behind the weights
+    dtype: torch.dtype | None = None  # to decode in; None: the model's, or autocast's
+    exact: bool = False  # an answer does not depend, bit for bit, on what is decoded beside it
+
+    @cached_property
+    def writer(self) -> nn.Module | Decoder:
+        """What decodes: a copy of the weights as they are at the first call, or the model where no copy is known."""
+        if not supports_decoding(self.model):
+            return self.model
+        return Decoder(self.model, vocab=self.vocab, dtype=self.dtype, exact=self.exact, version=self.version)
 
 
 def sample(policy: Policy, problems: Sequence[Problem], *, n: int, sampling: SamplingConfig, seed: int, step: int = 0,
            author: Author = "student", max_rows: int = 256) -> list[Rollout]:
-    """n answers to each problem, problem-major.
+    """n answers to each problem, problem-major. RunError where the policy's weights have changed since it first wrote.
 
     An answer's random numbers follow from (seed, author, step, problem id, how often that problem came before in
     `problems`, sample), and from nothing else.
@@ -46,7 +59,9 @@ def sample(policy: Policy, problems: Sequence[Problem], *, n: int, sampling: Sam
         before = seen[problem.id]
         requests += [Request(prompt, derive(seed, author, step, problem.id, before, i), room) for i in range(n)]
         seen[problem.id] += 1
-    answers = decode_all(policy.model, requests, sampling, stop=policy.stop, vocab=policy.vocab, max_rows=max_rows)
+    strings = StopStrings(policy.tokenizer, sampling.stop_strings).finished if sampling.stop_strings else None
+    answers = decode_all(policy.writer, requests, sampling, stop=Ending(ids=frozenset(policy.stop), finished=strings),
+                         vocab=policy.vocab, max_rows=max_rows)
     own = author == "student"
     return [Rollout(
         problem=problems[i // n], group=i // n, sample=i % n, author=author, prompt_ids=request.prompt_ids,
