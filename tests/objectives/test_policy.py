@@ -1,12 +1,13 @@
 """Policy-gradient losses: by hand, and their expectation against the exact gradient, by enumerating a tiny language."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 
 from tinyr2.objectives.advantage import leave_one_out
-from tinyr2.objectives.policy import sampled_reverse_kl, weighted_nll
+from tinyr2.objectives.policy import sampled_reverse_kl, truncated_importance, weighted_nll
 
 VOCAB = 3
 
@@ -195,3 +196,37 @@ def test_no_tokens_give_loss_zero():
     empty = torch.zeros(0, requires_grad=True)
     assert weighted_nll(empty, torch.zeros(0), denom=5).item() == 0.0
     assert sampled_reverse_kl(empty, torch.zeros(0), denom=5).item() == 0.0
+
+
+def test_importance_weights_by_hand():
+    learner = torch.tensor([0.9, 0.2, 0.5, 0.25]).log()
+    actor = torch.tensor([0.3, 0.4, 0.5, float("nan")]).log()
+    assert truncated_importance(learner, actor, 2.0).tolist() == pytest.approx([2.0, 0.5, 1.0, 1.0])
+    assert truncated_importance(learner, actor, 5.0).tolist() == pytest.approx([3.0, 0.5, 1.0, 1.0])
+
+
+def test_an_importance_weight_is_held_constant():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    weight = truncated_importance(logp, torch.tensor([-2.0, -1.0]), 2.0)
+    assert not weight.requires_grad
+    weighted_nll(logp, weight, denom=1).backward()
+    assert logp.grad.tolist() == pytest.approx([-2.0, -math.exp(-1.0)])
+
+
+def test_importance_weights_turn_what_another_policy_sampled_into_the_exact_gradient():
+    parameters, (answers, reward) = _parameters(1), _answers(1)
+    actor = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    learner = parameters[0].log_softmax(-1)
+    total = torch.zeros((), dtype=torch.float64)
+    for (y,) in answers:
+        weight = truncated_importance(learner[y], actor[y], 1e9)
+        total = total + actor[y].exp() * weighted_nll(learner[y], weight * reward[y,], denom=1)
+    _assert_close([-g for g in torch.autograd.grad(total, parameters)], _exact_gradient(parameters, reward.__getitem__))
+
+
+def test_a_weighted_sampled_reverse_kl_weighs_each_token_and_weight_one_is_none():
+    learner, teacher = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-0.5, -4.0])
+    sampled_reverse_kl(learner, teacher, torch.tensor([0.5, 2.0]), denom=2).backward()
+    assert learner.grad.tolist() == [-0.125, 2.0]
+    plain, weighed = (sampled_reverse_kl(learner, teacher, w, denom=2) for w in (None, torch.ones(2)))
+    assert plain.item() == weighed.item()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,14 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from tests.recipes import tiny
 from tinyr2.core.config import load
-from tinyr2.core.errors import ConfigError, DataError, UserError
+from tinyr2.core.errors import ConfigError, DataError, RunError, UserError
 from tinyr2.core.types import Rollout
 from tinyr2.data.problems import DataConfig, draw, load_problems
 from tinyr2.models.load import save_model
 from tinyr2.recipes import setup
-from tinyr2.recipes.distill import DistillConfig, center
+from tinyr2.recipes.distill import DistillConfig, RolloutConfig, center
+from tinyr2.rollouts.sample import sample
 from tinyr2.tokens.build import train_tokenizer
 from tinyr2.tokens.chat import render_example
+from tinyr2.train.loop import TrainConfig
+from tinyr2.train.optim import make_optimizer
 
 SHARED = Path(os.environ.get("TINYR2_SHARED", Path(__file__).parents[3] / "shared"))
 DIGITS = "rewards=[{file: {world}/rewards.py, function: digits}]"
@@ -229,6 +233,141 @@ def test_training_closes_the_gap(world, tmp_path):
     assert outcome.rows[-1]["eval_kl"] < 0.6 * outcome.rows[0]["eval_kl"]
 
 
+# --- versions of the weights, and their decode copies
+
+
+@dataclass
+class Watched:
+    """What a run did with decode copies."""
+
+    made: list  # (model, version, dtype, exact) of each
+    alive: list  # weak references
+    learned_beside: list  # copies that were there at each call of the learner
+
+
+@pytest.fixture
+def watched(monkeypatch) -> Watched:
+    from tinyr2.models.decode import Decoder
+    from tinyr2.recipes import distill as recipe
+
+    seen = Watched([], [], [])
+    make, accumulate = Decoder.__init__, recipe.accumulate
+
+    def note(self, model, **more):
+        make(self, model, **more)
+        seen.made.append((model, self.version, more["dtype"], more["exact"]))
+        seen.alive.append(weakref.ref(self))
+
+    def learn(*args, **more):
+        seen.learned_beside.append([copy() for copy in seen.alive if copy() is not None])
+        return accumulate(*args, **more)
+
+    monkeypatch.setattr(Decoder, "__init__", note)
+    monkeypatch.setattr(recipe, "accumulate", learn)
+    return seen
+
+
+def test_a_decode_copy_is_made_once_a_version_and_is_gone_before_the_learner_runs(world, tmp_path, watched):
+    tiny.go(tiny.settings("distill", world, tmp_path / "run", "eval_data={path: {world}/data.jsonl, limit: 4}", DIGITS,
+                          "train.eval_steps=2"))
+    # steps 1 and 2, the evaluation after 2, step 3, and the last evaluation
+    assert [version for _, version, _, _ in watched.made] == [0, 1, 2, 2, 3]
+    assert {(dtype, exact) for _, _, dtype, exact in watched.made} == {(torch.float32, False)}
+    assert watched.learned_beside == [[]] * 5
+
+
+def test_a_teacher_that_writes_keeps_one_decode_copy_for_the_whole_run(world, tmp_path, watched):
+    tiny.go(tiny.settings("distill", world, tmp_path / "run", *KINDS["teacher_writes"]))
+    teachers = [model for model, *_ in watched.made if model.config.hidden_size == 32]
+    assert (len(teachers), len(watched.made)) == (1, 4)
+    assert all(len(copies) == 1 for copies in watched.learned_beside)
+
+
+def test_rollouts_carry_the_version_that_wrote_them(done):
+    for t, step in enumerate(done("teacher_writes").steps):
+        assert {(r.author, r.policy_version) for r in step.rollouts} == {("student", t), ("teacher", None)}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_policy_whose_weights_were_stepped_is_refused(optim, world):
+    model = stock(world / "student")
+    tokenizer = AutoTokenizer.from_pretrained(world / "student")
+    policy = setup.policy_of(model, tokenizer, len(tokenizer), version=4)
+    problems = load_problems(DataConfig(path=str(world / "data.jsonl"), limit=2))
+    assert sample(policy, problems, n=1, sampling=RolloutConfig(), seed=0)
+    optimizer = make_optimizer(model, TrainConfig(optim=optim))
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    with pytest.raises(RunError, match="stale.* for version 4; make a new one after each optimizer step"):
+        sample(policy, problems, n=1, sampling=RolloutConfig(), seed=0)
+    fresh = setup.policy_of(model, tokenizer, len(tokenizer), version=5)
+    assert {r.policy_version for r in sample(fresh, problems, n=1, sampling=RolloutConfig(), seed=0)} == {5}
+
+
+def test_an_exact_policy_writes_the_same_bits_whatever_is_decoded_side_by_side(world):
+    model, tokenizer = stock(world / "student"), AutoTokenizer.from_pretrained(world / "student")
+    problems = load_problems(DataConfig(path=str(world / "data.jsonl"), limit=12))
+
+    def written(max_rows: int) -> list:
+        policy = setup.policy_of(model, tokenizer, len(tokenizer), exact=True)
+        found = sample(policy, problems, n=3, sampling=RolloutConfig(max_completion_length=24), seed=0,
+                       max_rows=max_rows)
+        return [(r.response_ids, r.actor_logp) for r in found]
+
+    whole = written(64)
+    assert written(1) == whole
+    assert written(3) == whole
+
+
+def test_a_deterministic_run_is_the_same_to_the_bit_whatever_is_decoded_side_by_side(world, tmp_path, watched):
+    curves = [tiny.go(tiny.settings("distill", world, tmp_path / str(rows), "train.deterministic=true",
+                                    f"rollout.max_rows={rows}")).rows for rows in (64, 3)]
+    assert curves[0] == curves[1]
+    assert all(exact for *_, exact in watched.made)
+
+
+# --- precision
+
+RATIOS = {f"sampling/importance_sampling_ratio/{name}" for name in ("min", "mean", "max")}
+
+
+@pytest.fixture
+def any_processor(monkeypatch):
+    """bfloat16 is tested on processors that emulate it, too."""
+    monkeypatch.setattr(setup, "require_bfloat16", lambda *_: None)
+
+
+@pytest.mark.parametrize(("changes", "corrects"), [
+    (["rollout.dtype=bfloat16"], True), (["train.bf16=true"], True),
+    (["train.bf16=true", "rollout.dtype=bfloat16"], False), (["student.dtype=bfloat16"], True)])
+def test_where_actor_and_learner_differ_in_precision_the_weights_are_reported(
+        changes, corrects, world, tmp_path, watched, any_processor):
+    outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", *changes))
+    asked = torch.bfloat16 if "rollout.dtype=bfloat16" in changes else torch.float32
+    assert {dtype for _, _, dtype, _ in watched.made} == {asked}
+    for row in outcome.rows:
+        assert row.keys() & RATIOS == (RATIOS if corrects else set())
+        # 2^-9 of the logits of a tiny model
+        assert 0 < row["sampling/sampling_logp_difference/mean"] < 0.02
+        if corrects:
+            low, mean, high = (row[f"sampling/importance_sampling_ratio/{n}"] for n in ("min", "mean", "max"))
+            gap = row["sampling/sampling_logp_difference/max"]
+            assert low < mean < high and mean == pytest.approx(1, abs=0.01)
+            assert max(-math.log(low), math.log(high)) == pytest.approx(gap, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "sampled", "reinforce"])
+def test_the_loss_of_a_rounded_actor_is_weighted_with_the_cap(kind, world, tmp_path, any_processor):
+    # a cap far below the ratios, which are near 1: the weight of each token
+    outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", *KINDS[kind], "rollout.dtype=bfloat16",
+                                    "rollout.importance_cap=0.5"))
+    readings = readings_of(outcome, 0, world)
+    kl = sum(r.divergence() for r in readings) / len(readings) if kind == "reinforce" else 0.0
+    whole = naive_loss(outcome.config, readings, kl_weight=0.2)
+    assert outcome.column("loss")[0] == pytest.approx(0.5 * (whole - 0.2 * kl) + 0.2 * kl, rel=2e-5, abs=1e-7)
+    assert all(row[name] == 0.5 for row in outcome.rows for name in RATIOS)
+
+
 # --- what a run leaves behind
 
 
@@ -315,7 +454,8 @@ def test_metrics_have_these_names_and_finite_values(kind, names, done):
 def test_metrics_are_named_as_trl_names_them():
     trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     text = Path(trainer.__file__).read_text()
-    for name in SAMPLED | GAPS | REWARDED | {"entropy", "kl", "num_tokens", "completions/mean_terminated_length"}:
+    others = {"entropy", "kl", "num_tokens", "completions/mean_terminated_length"}
+    for name in SAMPLED | GAPS | RATIOS | REWARDED | others:
         assert f'"{name.replace("/digits/", "/{reward_func_name}/")}"' in text, name
 
 
@@ -335,8 +475,6 @@ def test_metrics_count_what_the_rollouts_hold(done):
 
 
 def test_the_held_out_divergence_is_that_of_the_students_own_answers(world, tmp_path):
-    from tinyr2.rollouts.sample import sample
-
     outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", "eval_kl_problems=5",
                                     "eval_data={path: {world}/data.jsonl, limit: 8}", "train.eval_on_start=true"))
     assert [row["step"] for row in outcome.rows if "eval_kl" in row] == [0, 3]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.recipes.tiny import torch_as_it_was
 from tests.train.tiny import qwen3
@@ -61,14 +61,76 @@ def test_threads_and_exact_kernels_are_chosen_where_they_are_asked_for(monkeypat
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-@pytest.mark.filterwarnings("ignore:User provided device_type")
-def test_products_are_bfloat16_on_cuda_alone():
+@pytest.mark.filterwarnings("ignore:User provided device_type", "ignore:CUDA is not available")
+def test_products_are_bfloat16_on_cuda_and_where_they_are_asked_for():
     with setup.autocast(CPU)():
         assert not torch.is_autocast_enabled("cpu")
     with setup.autocast(torch.device("mps"))():
         assert not torch.is_autocast_enabled("cpu")
     context = setup.autocast(torch.device("cuda"))()
     assert (context.device, context.fast_dtype) == ("cuda", torch.bfloat16)
+    with setup.autocast(CPU, bf16=True)():
+        assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert not hasattr(setup.autocast(torch.device("cuda"), bf16=False)(), "fast_dtype")
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Sets what this machine's processor is taken for."""
+    def be(name: str, avx512_bf16: bool = False, amx: bool = False) -> None:
+        monkeypatch.setattr("platform.machine", lambda: name)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    return be
+
+
+def test_bfloat16_is_refused_on_a_processor_that_would_emulate_it(processor):
+    processor("x86_64")
+    message = "train.bf16=true: this processor has no instructions for bfloat16 .* set train.bf16=false"
+    with pytest.raises(ConfigError, match=message):
+        setup.choose_device("cpu", TrainConfig(bf16=True))
+    setup.require_bfloat16("x", torch.device("cuda"), "y")
+    for change in ({"avx512_bf16": True}, {"amx": True}):
+        processor("x86_64", **change)
+        assert setup.choose_device("cpu", TrainConfig(bf16=True)) == CPU
+    processor("arm64")
+    assert setup.choose_device("cpu", TrainConfig(bf16=True)) == CPU
+
+
+def test_an_optimizer_is_not_moved_to_the_cpu_from_there():
+    with pytest.raises(ConfigError, match="train.optim_offload: the model is on the CPU already.* set it to false"):
+        setup.choose_device("cpu", TrainConfig(optim_offload=True))
+
+
+def learner(model, **train):
+    return setup.learner_of(model, 23, CPU, TrainConfig(**train))
+
+
+def test_a_learner_is_what_its_settings_say():
+    found = learner(qwen3(), gradient_checkpointing=True, tokens_per_micro_batch=77, bf16=True)
+    assert (found.gradient_checkpointing, found.tokens_per_micro_batch, found.dtype) == (True, 77, torch.bfloat16)
+    assert (learner(qwen3()).gradient_checkpointing, learner(qwen3()).dtype) == (False, torch.float32)
+
+
+def test_decoding_is_float32_on_a_cpu_unless_asked_for_otherwise(processor):
+    processor("x86_64", avx512_bf16=True)
+    exact, rounded = learner(qwen3()), learner(qwen3(), bf16=True)
+    assert setup.decode_dtype("auto", exact) == setup.decode_dtype("auto", rounded) == torch.float32
+    assert setup.decode_dtype("bfloat16", exact) == setup.decode_dtype("bfloat16", rounded) == torch.bfloat16
+    assert setup.decode_dtype("float32", rounded) == torch.float32
+    processor("x86_64")
+    with pytest.raises(ConfigError, match="rollout.dtype=bfloat16: .* set rollout.dtype=auto"):
+        setup.decode_dtype("bfloat16", exact)
+
+
+def test_a_class_without_a_decode_copy_writes_in_the_precision_it_learns_in():
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    for train, dtype, wrong in (({}, "float32", "bfloat16"), ({"bf16": True}, "bfloat16", "float32")):
+        assert setup.decode_dtype("auto", learner(other, **train)) == getattr(torch, dtype)
+        assert setup.decode_dtype(dtype, learner(other, **train)) == getattr(torch, dtype)
+        with pytest.raises(ConfigError, match=f"rollout.dtype {wrong}: GPT2LMHeadModel .* writes in {dtype}, in which"):
+            setup.decode_dtype(wrong, learner(other, **train))
 
 
 # --- models
@@ -90,6 +152,9 @@ def test_a_policy_stops_at_every_end_that_model_or_template_name(tokenizer):
     policy = setup.policy_of(model, tokenizer, len(tokenizer), version=3)
     assert policy.stop == (tokenizer.eos_token_id, 1, 2)
     assert (policy.vocab, policy.context, policy.version) == (len(tokenizer), 64, 3)
+    assert (policy.dtype, policy.exact) == (None, False)
+    other = setup.policy_of(model, tokenizer, len(tokenizer), dtype=torch.bfloat16, exact=True)
+    assert (other.dtype, other.exact, other.version) == (torch.bfloat16, True, 0)
 
 
 def test_the_shared_vocabulary_is_the_smaller_models_and_holds_the_tokenizer(tokenizer):

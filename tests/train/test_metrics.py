@@ -21,6 +21,16 @@ def test_score_metrics_by_hand():
         "sampling/sampling_logp_difference/mean": 0.25, "sampling/sampling_logp_difference/max": 0.5})
 
 
+def test_importance_ratios_are_those_of_sampled_tokens_capped_and_reported_where_they_were_used():
+    found = score_metrics(scores(actor_logp=torch.tensor([-2.0, -1.5, float("nan")])), 2.0)
+    ratios = {name.rpartition("/")[2]: value for name, value in found.items() if "importance_sampling_ratio" in name}
+    low = 2.718281828 ** -0.5
+    assert ratios == pytest.approx({"min": low, "mean": (low + 2.0) / 2, "max": 2.0})
+    assert not [name for name in score_metrics(scores()) if "importance" in name]
+    nobody = score_metrics(scores(actor_logp=torch.full((3,), float("nan"))), 2.0)
+    assert not [name for name in nobody if name.startswith("sampling/")]
+
+
 def test_the_divergence_is_the_kl_where_it_was_computed():
     assert score_metrics(scores(divergence=torch.tensor([0.0, 0.3, 0.6])))["kl"] == pytest.approx(0.3)
 

@@ -1,6 +1,7 @@
 """What the training tests share: a tiny model, a tiny teacher, rollouts made by hand."""
 
 import torch
+from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tinyr2.core.types import Message, Problem, Rollout
@@ -15,6 +16,27 @@ def qwen3(hidden: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32) -
                          num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
                          tie_word_embeddings=True, eos_token_id=EOS, pad_token_id=EOS, bos_token_id=None)
     return Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+class Norm(nn.Module):
+    """RMSNorm in the dtype of its input; transformers' own passes through float32."""
+
+    def __init__(self, stock: nn.Module):
+        super().__init__()
+        self.weight, self.eps = stock.weight, stock.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+def qwen3_f64(**more) -> Qwen3ForCausalLM:
+    """`qwen3` in float64 throughout."""
+    model = qwen3(**{"dtype": torch.float64} | more)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "Qwen3RMSNorm":
+                setattr(module, name, Norm(child))
+    return model
 
 
 def rollout(prompt: tuple[int, ...], response: tuple[int, ...], **more) -> Rollout:

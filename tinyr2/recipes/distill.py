@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.tokens.chat import fingerprint, render_example
 from tinyr2.train.loop import StepResult, TrainConfig
-from tinyr2.train.loss import LossConfig, Objective, count, sequence_distillation, token_distillation
+from tinyr2.train.loss import LossConfig, Objective, count, importance, sequence_distillation, token_distillation
 from tinyr2.train.metrics import completion_metrics, reward_metrics, score_metrics
 from tinyr2.train.step import Learner, Scores, accumulate
 
@@ -48,6 +49,8 @@ class RolloutConfig(SamplingConfig):
     num_teacher_generations: int = Field(0, ge=0)  # by the teacher, per prompt; for reward_loss: weighted_nll
     lmbda: float = Field(1.0, ge=0.0, le=1.0)  # share of prompts the student answers; the data's completions the rest
     max_rows: int = Field(256, ge=1)  # decoded side by side
+    dtype: setup.DecodeDType = "auto"  # of the decode copy
+    importance_cap: float = Field(2.0, gt=0.0)  # of the weights that correct for a dtype that is not the learner's
 
     @model_validator(mode="after")
     def _untruncated(self) -> "RolloutConfig":
@@ -150,11 +153,12 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
     model = setup.load_student(config.student, device, config.train.seed)
-    teacher = hire(load_model(config.teacher, device), inputs.vocab)
+    learner = setup.learner_of(model, inputs.vocab, device, config.train)
+    work = Distillation(config, inputs, hire(load_model(config.teacher, device), inputs.vocab), learner,
+                        setup.decode_dtype(config.rollout.dtype, learner))
     with open_run(config, "distill", console, total=config.train.max_steps, resume=resume, overwrite=overwrite,
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         state = setup.restore(run, model, config.train, _identity(config, inputs), resume)
-        work = Distillation(config, inputs, teacher, setup.learner_of(model, inputs.vocab, device, config.train))
         return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,
                                evaluates=bool(inputs.held_out))
 
@@ -167,6 +171,7 @@ class Distillation:
     inputs: Inputs
     teacher: Teacher
     learner: Learner
+    decode_dtype: torch.dtype  # of the student's decode copies
 
     def step(self, t: int) -> StepResult:
         """Write, grade, judge, and leave the gradient of step `t` (0-based) on the student."""
@@ -182,23 +187,37 @@ class Distillation:
         scores = self._learn(kept, t / max(1, self.config.train.max_steps - 1))
         clock.append(time.perf_counter())
         return StepResult(
-            metrics=score_metrics(scores) | completion_metrics(rollouts) | reward_metrics(rollouts),
+            metrics=(score_metrics(scores, self._importance_cap) | completion_metrics(rollouts)
+                     | reward_metrics(rollouts)),
             num_tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in kept), rollouts=rollouts, scores=scores,
             seconds={"rollout_s": clock[1] - clock[0], "learn_s": clock[2] - clock[1]})
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out pass@1 where there is a reward, and the divergence per token on the student's own answers."""
-        out = {}
+        config, policy, out, written = self.config, self._student(step), {}, []
         with self.learner.autocast():
             if self.inputs.rewards:
-                result = evaluate(self._student(step), self.inputs.held_out, self.inputs.rewards, self.config.eval)
+                result = evaluate(policy, self.inputs.held_out, self.inputs.rewards, config.eval)
                 out |= {f"eval_{name}": v for name, v in result.figures().items()}
-            if self.config.eval_kl_problems:
-                out["eval_kl"] = self._held_out_kl(step)
-        return out
+            if config.eval_kl_problems:
+                written = sample(policy, self.inputs.held_out[:config.eval_kl_problems], n=1, seed=config.eval.seed,
+                                 sampling=config.rollout, max_rows=config.rollout.max_rows)
+        del policy  # its memory is the learner's now
+        return out | {"eval_kl": self._divergence(written)} if written else out
+
+    @property
+    def _importance_cap(self) -> float | None:
+        return None if self.decode_dtype == self.learner.dtype else self.config.rollout.importance_cap
 
     def _student(self, version: int) -> Policy:
-        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version)
+        """For one version of the weights, and as long as it writes: a decode copy is a second set of weights."""
+        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version,
+                               dtype=self.decode_dtype, exact=self.config.train.deterministic)
+
+    @cached_property
+    def _writing_teacher(self) -> Policy:
+        return setup.policy_of(self.teacher.model, self.inputs.tokenizer, self.inputs.vocab,
+                               exact=self.config.train.deterministic)
 
     def _deal(self, t: int) -> tuple[list[Problem], list[Problem]]:
         """The problems of step `t`: those that are answered now, and those whose completion in the data is read."""
@@ -209,39 +228,33 @@ class Distillation:
                 [p for p, a in zip(problems, asked, strict=True) if not a])
 
     def _write(self, own: list[Problem], t: int) -> list[Rollout]:
-        config, seed = self.config.rollout, self.config.train.seed
-        rollouts: list[Rollout] = []
+        config, rollouts = self.config.rollout, []
+        write = partial(sample, sampling=config, seed=self.config.train.seed, step=t, max_rows=config.max_rows)
         with self.learner.autocast():
             if config.num_generations and own:
-                rollouts += sample(self._student(t), own, n=config.num_generations, sampling=config, seed=seed, step=t,
-                                   max_rows=config.max_rows)
+                rollouts += write(self._student(t), own, n=config.num_generations)
             if config.num_teacher_generations and own:
-                teacher = setup.policy_of(self.teacher.model, self.inputs.tokenizer, self.inputs.vocab)
-                rollouts += sample(teacher, own, n=config.num_teacher_generations, sampling=config, seed=seed, step=t,
-                                   author="teacher", max_rows=config.max_rows)
+                rollouts += write(self._writing_teacher, own, n=config.num_teacher_generations, author="teacher")
         return rollouts
 
     def _learn(self, rollouts: Sequence[Rollout], progress: float) -> Scores:
         loss, counts = self.config.loss, count(rollouts)
 
         def objective(batch: Batch) -> Objective:
+            weigh = importance(batch, self._importance_cap)
             if loss.level == "sequence":
-                return sequence_distillation(loss, batch, counts, progress)
-            return token_distillation(loss, counts)
+                return sequence_distillation(loss, batch, counts, progress, weigh)
+            return token_distillation(loss, counts, weigh)
 
         divergence = loss.divergence if loss.estimator == "full" else None
         return accumulate(self.learner, rollouts, objective, temperature=self.config.rollout.temperature,
                           divergence=divergence, teacher=self.teacher)
 
     @torch.no_grad()
-    def _held_out_kl(self, step: int) -> float:
-        config = self.config
-        problems = self.inputs.held_out[:config.eval_kl_problems]
-        rollouts = sample(self._student(step), problems, n=1, sampling=config.rollout, seed=config.eval.seed,
-                          max_rows=config.rollout.max_rows)
+    def _divergence(self, rollouts: Sequence[Rollout]) -> float:
         counts = count(rollouts)
         scores = accumulate(self.learner, rollouts, lambda _: token_distillation(LossConfig(), counts),
-                            temperature=config.rollout.temperature, divergence=LossConfig().divergence,
+                            temperature=self.config.rollout.temperature, divergence=LossConfig().divergence,
                             teacher=self.teacher)
         return float(scores.divergence.mean())
 

@@ -2,18 +2,21 @@
 
 import hashlib
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.errors import ConfigError
+from tinyr2.core.memory import keep_freed_memory
 from tinyr2.core.rng import derive
+from tinyr2.models.decode import supports_decoding
 from tinyr2.models.load import (
     HeldDType,
     LoraConfig,
@@ -33,9 +36,11 @@ from tinyr2.train.loop import run as train
 from tinyr2.train.optim import make_optimizer
 from tinyr2.train.step import Learner
 
+DecodeDType = Literal["auto", "float32", "bfloat16"]  # auto: float32 on a CPU, the learner's elsewhere
+
 
 class StudentConfig(ModelConfig):
-    """The model that is trained; its weights are float32, on CUDA its products bfloat16."""
+    """The model that is trained; its weights are float32, and `train.bf16` says what its products are."""
 
     dtype: HeldDType = "float32"
     lora: LoraConfig | None = None  # None: train all parameters
@@ -49,13 +54,30 @@ def choose_device(name: str, train_config: TrainConfig) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    return pick_device(name)
+    device = pick_device(name)
+    if train_config.bf16:
+        require_bfloat16("train.bf16=true", device, "train.bf16=false")
+    if train_config.optim_offload and device.type == "cpu":
+        raise ConfigError("train.optim_offload: the model is on the CPU already, so there is nothing to move there; "
+                          "set it to false, or give another device")
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
-def autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
-    """bfloat16 products on CUDA; float32 elsewhere."""
-    if device.type == "cuda":
-        return lambda: torch.autocast("cuda", torch.bfloat16)
+def require_bfloat16(setting: str, device: torch.device, cure: str) -> None:
+    """ConfigError where bfloat16 would be emulated: slower than float32, and less exact."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):  # others have no cheap way to be asked
+        return
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        raise ConfigError(f"{setting}: this processor has no instructions for bfloat16 (neither avx512_bf16 nor amx), "
+                          f"so float32 is faster, and more exact; set {cure}")
+
+
+def autocast(device: torch.device, bf16: bool | None = None) -> Callable[[], AbstractContextManager]:
+    """bfloat16 products where `bf16` is true, or None and the device CUDA."""
+    if device.type == "cuda" if bf16 is None else bf16:
+        return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext
 
 
@@ -67,12 +89,31 @@ def load_student(config: StudentConfig, device: torch.device, seed: int) -> nn.M
     return add_lora(model, config.lora, derive(seed, "lora")).to(device).train()
 
 
-def policy_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab: int, version: int = 0) -> Policy:
-    """A model that can write."""
+def decode_dtype(name: DecodeDType, learner: Learner) -> torch.dtype:
+    """What the learner's weights are decoded in; ConfigError where class or processor give no choice."""
+    learned, device = learner.dtype, next(learner.model.parameters()).device
+    if not supports_decoding(learner.model):  # through the stock forward, in the learner's own precision
+        if name != "auto" and getattr(torch, name) != learned:
+            raise ConfigError(f"rollout.dtype {name}: {type(learner.model).__name__} has no decode copy, so it writes "
+                              f"in {str(learned).removeprefix('torch.')}, in which it learns; set rollout.dtype=auto")
+        return learned
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else learned
+    if name == "bfloat16":
+        require_bfloat16("rollout.dtype=bfloat16", device, "rollout.dtype=auto")
+    return getattr(torch, name)
+
+
+def policy_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab: int, version: int = 0, *,
+              dtype: torch.dtype | None = None, exact: bool = False) -> Policy:
+    """A model that can write. Its decode copy is made when it first writes, and is freed with the policy.
+
+    dtype: to decode in; None: the model's, or autocast's    exact: what is written beside an answer leaves it as it is
+    """
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     return Policy(model=model, tokenizer=tokenizer, stop=stop_ids(tokenizer, eos), vocab=vocab,
-                  context=context_length(model.config), version=version)
+                  context=context_length(model.config), version=version, dtype=dtype, exact=exact)
 
 
 def model_fingerprint(path: str) -> str:
@@ -132,8 +173,9 @@ class Work(Protocol):
 
 def learner_of(model: nn.Module, vocab: int, device: torch.device, train_config: TrainConfig) -> Learner:
     """The model as the training steps see it."""
-    return Learner(model=model, vocab=vocab, autocast=autocast(device),
-                   tokens_per_micro_batch=train_config.tokens_per_micro_batch)
+    return Learner(model=model, vocab=vocab, autocast=autocast(device, train_config.bf16),
+                   tokens_per_micro_batch=train_config.tokens_per_micro_batch,
+                   gradient_checkpointing=train_config.gradient_checkpointing)
 
 
 def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, tokenizer: PreTrainedTokenizerBase,

@@ -22,6 +22,7 @@ from tinyr2.recipes.findings import Part, Reader, Setup
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, load_rewards
+from tinyr2.rollouts.sample import Policy
 from tinyr2.tokens.chat import fingerprint
 from tinyr2.train.loop import StepResult, TrainConfig
 from tinyr2.train.loss import count, likelihood
@@ -110,8 +111,7 @@ class FineTuning:
         out = {}
         with self.learner.autocast():
             if self.inputs.rewards:
-                policy = setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, step)
-                result = evaluate(policy, self.inputs.held_out, self.inputs.rewards, self.config.eval)
+                result = evaluate(self._policy(step), self.inputs.held_out, self.inputs.rewards, self.config.eval)
                 out |= {f"eval_{name}": v for name, v in result.figures().items()}
         solved = [p for p in self.inputs.held_out if p.completion][:self.config.eval.num_problems]
         if solved:
@@ -119,6 +119,10 @@ class FineTuning:
             counts = count(rollouts)
             out["eval_loss"] = accumulate(self.learner, rollouts, lambda _: likelihood(counts)).loss
         return out
+
+    def _policy(self, version: int) -> Policy:
+        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version,
+                               dtype=setup.decode_dtype("auto", self.learner), exact=self.config.train.deterministic)
 
     def _render(self, problems: list[Problem]) -> list[Rollout]:
         """Tokenized once per problem."""

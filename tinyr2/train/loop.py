@@ -22,7 +22,7 @@ from tinyr2.core.rng import derive
 from tinyr2.core.types import Rollout
 from tinyr2.train import state as checkpoint
 from tinyr2.train.health import Alarm, HealthConfig, Monitor
-from tinyr2.train.optim import OptimConfig, learning_rate
+from tinyr2.train.optim import OptimConfig, clip, learning_rate
 from tinyr2.train.step import Scores
 
 Ending = Literal["finished", "stopped", "halted"]
@@ -35,6 +35,8 @@ class TrainConfig(OptimConfig):
     seed: int = 0
     deterministic: bool = False  # bit-exact resume: deterministic kernels, fixed threads
     tokens_per_micro_batch: int = Field(16384, ge=1)
+    bf16: bool | None = None  # bfloat16 products over float32 weights; None: on CUDA only
+    gradient_checkpointing: bool = False  # the backward pass computes each layer again: less memory, more time
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(2, ge=2)
     eval_steps: int = Field(0, ge=0)  # 0: only at the end
@@ -114,7 +116,7 @@ def _one_step(state: checkpoint.TrainState, job: Job, monitor: Monitor) -> list[
     state.optimizer.zero_grad()
     result = job.compute(state.step)
     trained = [p for g in state.optimizer.param_groups for p in g["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
+    norm = clip(trained, config.max_grad_norm)
     if math.isfinite(norm) and math.isfinite(result.metrics["loss"]):
         state.optimizer.step()  # a step that is not finite is skipped, and the monitor raises its alarm
     state.optimizer.zero_grad()

@@ -15,9 +15,10 @@ from tinyr2.core.config import Config
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import TokenScores
 from tinyr2.objectives.divergence import Divergence
-from tinyr2.objectives.policy import sampled_reverse_kl, weighted_nll
+from tinyr2.objectives.policy import sampled_reverse_kl, truncated_importance, weighted_nll
 
 Objective = Callable[[TokenScores], Tensor]
+Weigh = Callable[[TokenScores], Tensor]  # (n,) a factor for each token's term
 
 
 class LossConfig(Config):
@@ -68,21 +69,35 @@ def likelihood(counts: Counts) -> Objective:
     return lambda s: weighted_nll(s.learner_logp, denom=counts.tokens)
 
 
-def token_distillation(loss: LossConfig, counts: Counts) -> Objective:
+def importance(batch: Batch, cap: float | None) -> Weigh | None:
+    """The weights of tokens that were sampled in another precision than they are learned in.
+
+    cap: None where both have one precision; then, and where no policy of ours sampled, nothing is weighed.
+    """
+    actor_logp = batch.actor_logp
+    if cap is None or actor_logp is None:
+        return None
+    return lambda s: truncated_importance(s.learner_logp, actor_logp[s.part], cap)
+
+
+def token_distillation(loss: LossConfig, counts: Counts, weigh: Weigh | None = None) -> Objective:
     """Mean divergence per learned token, or its policy-gradient form."""
     if loss.estimator == "sampled":
-        return lambda s: sampled_reverse_kl(s.learner_logp, s.teacher_logp, denom=counts.tokens)
-    return lambda s: s.divergence.sum() / counts.tokens
+        return lambda s: sampled_reverse_kl(s.learner_logp, s.teacher_logp, weigh and weigh(s), denom=counts.tokens)
+    if weigh is None:
+        return lambda s: s.divergence.sum() / counts.tokens
+    return lambda s: (weigh(s) * s.divergence).sum() / counts.tokens
 
 
-def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progress: float) -> Objective:
+def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progress: float,
+                          weigh: Weigh | None = None) -> Objective:
     """reward_weight · L_reward + kl_weight · divergence on what the student wrote.
 
     Both are sums over a sequence's tokens and means over sequences: nats per answer beside reward per answer, so that
     the two weights compare like with like. With on-policy samples the expected gradient of L_reward is that of
     −E[reward] (REINFORCE; Williams 1992, with the leave-one-out baseline of Kool et al. 2019). The divergence is that
-    of each token's distributions; the sampling is held constant. A rollout without a verdict has weight 0 in L_reward,
-    and keeps its divergence.
+    of each token's distributions; the sampling is held constant, and `weigh` leaves it alone. A rollout without a
+    verdict has weight 0 in L_reward, and keeps its divergence.
     """
     credit = batch.advantage if loss.reward_loss == "reinforce" else batch.reward
     kl_weight = loss.kl_weight_at(progress)
@@ -92,7 +107,8 @@ def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progre
         total = kl_weight * (s.divergence * own).sum() / max(1, counts.student_sequences)
         if credit is None:
             return total
-        return total + loss.reward_weight * weighted_nll(s.learner_logp, credit[s.part].nan_to_num(0.0),
-                                                            denom=counts.sequences)
+        weight = credit[s.part].nan_to_num(0.0)
+        weight = weight if weigh is None else weight * weigh(s)
+        return total + loss.reward_weight * weighted_nll(s.learner_logp, weight, denom=counts.sequences)
 
     return objective

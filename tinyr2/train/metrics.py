@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from tinyr2.core.types import Rollout
+from tinyr2.objectives.policy import truncated_importance
 from tinyr2.train.step import Scores
 
 
-def score_metrics(scores: Scores) -> dict[str, float]:
-    """loss, entropy, kl (the divergence that the loss reads, nats per token) and the actor/learner gap."""
+def score_metrics(scores: Scores, importance_cap: float | None = None) -> dict[str, float]:
+    """loss, entropy, kl (the divergence that the loss reads, nats per token) and the actor/learner gap.
+
+    importance_cap: of the weights that the loss put on sampled tokens, which are then reported too; None: it put none
+    """
     out = {"loss": scores.loss}
     if not len(scores.row):
         return out
@@ -22,10 +26,16 @@ def score_metrics(scores: Scores) -> dict[str, float]:
     elif scores.teacher_logp is not None:
         out["kl"] = float((scores.learner_logp - scores.teacher_logp).mean())
     gap = (scores.learner_logp - scores.actor_logp).abs()
-    gap = gap[~gap.isnan()]
-    if len(gap):
-        out["sampling/sampling_logp_difference/mean"] = float(gap.mean())
-        out["sampling/sampling_logp_difference/max"] = float(gap.max())
+    sampled = ~gap.isnan()
+    gap = gap[sampled]
+    if not len(gap):
+        return out
+    out["sampling/sampling_logp_difference/mean"] = float(gap.mean())
+    out["sampling/sampling_logp_difference/max"] = float(gap.max())
+    if importance_cap is not None:
+        ratio = truncated_importance(scores.learner_logp[sampled], scores.actor_logp[sampled], importance_cap)
+        out |= {f"sampling/importance_sampling_ratio/{name}": float(value)
+                for name, value in (("min", ratio.min()), ("mean", ratio.mean()), ("max", ratio.max()))}
     return out
 
 

@@ -24,6 +24,15 @@ class Learner:
     vocab: int
     tokens_per_micro_batch: int
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    gradient_checkpointing: bool = False  # keep each layer's input alone, and compute the rest again
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its matrix products; the head's log-probs are float32 in any case."""
+        weight = self.model.get_output_embeddings().weight
+        kind = weight.device.type
+        with self.autocast():
+            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callabl
         with learner.autocast():
             if teacher is not None:
                 batch = consult(teacher, batch)
-            states = hidden_states(learner.model, batch.tokens, batch.position, batch.lengths)[batch.learn - 1]
+            states = hidden_states(learner.model, batch.tokens, batch.position, batch.lengths,
+                                   gradient_checkpointing=learner.gradient_checkpointing)[batch.learn - 1]
             # the head as the sampler reads it, so that both compute log-probs in one precision
             result = run(states, head, batch.targets, objective(batch), temperature=temperature, divergence=divergence,
                          teacher_hidden=batch.teacher_hidden, teacher_head=teacher.head if teacher else None)
