@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from distill_step import character_tokenizer, prompts
@@ -25,11 +25,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tinyr2.core.types import Message, Problem
+from tinyr2.models.decode import Decoder
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.recipes.setup import autocast
 from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Request
-from tinyr2.rollouts.sample import Policy, sample
+from tinyr2.rollouts.sample import Policy, Resident, sample
 from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.train.loss import LossConfig, count, token_distillation
@@ -138,12 +139,14 @@ def random_model(sizes: Sizes, shape: dict, dtype: torch.dtype) -> nn.Module:
 def decoding(sizes: Sizes, model: nn.Module, rows: int, copy: float) -> dict:
     """Tokens a second at `rows` rows, prompts not counted, and the floor's share of that time."""
     vocab, before = sizes.student["vocab_size"], sizes.context - sizes.decoded
+    # on the CPU nothing can be captured, so a captured step is run again: the way to it is the same
+    decoder = Decoder(model, capture=(lambda body: body) if sizes.device.type == "cpu" else None)
     ids = torch.randint(3, vocab, (rows, before)).tolist()
     sampling = SamplingConfig(temperature=1.0, max_completion_length=sizes.decoded)
 
     def answer(new: int) -> None:
         requests = [Request(prompt_ids=tuple(row), seed=i, max_new=new) for i, row in enumerate(ids)]
-        decode_all(model, requests, sampling, stop=(), max_rows=rows)
+        decode_all(decoder, requests, sampling, stop=(), max_rows=rows)
 
     first = seconds_of(sizes, lambda: answer(1), 3)  # the prompts, and the token that follows each
     seconds = seconds_of(sizes, lambda: answer(sizes.decoded), 3) - first
@@ -169,9 +172,13 @@ def distillation(sizes: Sizes) -> dict:
                 for i, text in enumerate(prompts(sizes.prompts * sizes.steps, sizes.prompt_tokens, 0))]
     meter = Meter(lambda: wait(sizes))
     meter.watch_step()
+    tokenizer = character_tokenizer()
+    policy = Policy(model=net, tokenizer=tokenizer, stop=(tokenizer.eos_token_id,), vocab=learner.vocab, context=4096,
+                    resident=Resident())
     ends, parts = [time.perf_counter()], []
     for t in range(sizes.steps):
-        step(sizes, learner, teacher, problems[t * sizes.prompts:(t + 1) * sizes.prompts], t)
+        own = problems[t * sizes.prompts:(t + 1) * sizes.prompts]
+        step(sizes, learner, teacher, own, replace(policy, version=t))
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -182,14 +189,12 @@ def distillation(sizes: Sizes) -> dict:
     return {"prompts": sizes.prompts, "new_tokens": sizes.new_tokens, **summary(seconds[2:], parts[2:])}
 
 
-def step(sizes: Sizes, learner: Learner, teacher: Teacher, problems: list[Problem], t: int) -> None:
+def step(sizes: Sizes, learner: Learner, teacher: Teacher, problems: list[Problem], policy: Policy) -> None:
     """Write, judge, and leave the gradient on the student."""
-    tokenizer, loss = character_tokenizer(), LossConfig()
-    policy = Policy(model=learner.model, tokenizer=tokenizer, stop=(tokenizer.eos_token_id,), vocab=learner.vocab,
-                    context=4096, version=t)
+    loss = LossConfig()
     sampling = SamplingConfig(temperature=1.0, max_completion_length=sizes.new_tokens)
     with learner.autocast():
-        rollouts = sample(policy, problems, n=1, sampling=sampling, seed=0, step=t)
+        rollouts = sample(policy, problems, n=1, sampling=sampling, seed=0, step=policy.version)
     accumulate(learner, rollouts, lambda _: token_distillation(loss, count(rollouts)), divergence=loss.divergence,
                teacher=teacher)
 

@@ -1,7 +1,8 @@
 """The parts of a decoder's layers for dense models: grouped-query attention and the gated feed-forward.
 
 In: a layer of a stock module. Out: an object with packed copies of its weights: norms and scales folded into them,
-projections that read the same input joined. `models.decode` runs them; `models.mla` and `models.moe` have the others.
+projections that read the same input joined. `load` fills it, and fills it again when the weights have moved on.
+`models.decode` runs them; `models.mla` and `models.moe` have the others.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyr2.models.packed import Layout, attend
-from tinyr2.models.products import Packed
+from tinyr2.models.products import Packed, refill
 from tinyr2.models.slots import Fill, Step, Store
 
 SHARED_OUT = 2**15  # elements from which on torch runs an elementwise function on several threads
@@ -61,9 +62,13 @@ def join(linears: list[nn.Module], norm: nn.Module, rows: Tensor | None = None) 
     return (weight, bias) if rows is None else (weight[rows], bias if bias is None else bias[rows])
 
 
-def pack(weight: Tensor, bias: Tensor | None, form: Form) -> Packed:
-    """A copy for products in the form's dtype."""
-    return Packed(weight.to(form.dtype), bias if bias is None else bias.to(form.dtype), exact=form.exact)
+def pack(weight: Tensor, bias: Tensor | None, form: Form, old: Packed | None = None) -> Packed:
+    """A copy for products in the form's dtype; `old`, with these numbers, where there is an old one."""
+    weight, bias = weight.to(form.dtype), bias if bias is None else bias.to(form.dtype)
+    if old is None:
+        return Packed(weight, bias, exact=form.exact)
+    old.load(weight, bias)
+    return old
 
 
 def floor_of(norm: nn.Module) -> Tensor:
@@ -94,28 +99,32 @@ class GroupedAttention:
 
     def __init__(self, attention: nn.Module, norm: nn.Module, form: Form):
         self.form, self.d = form, attention.head_dim
-        linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-        sizes = [len(weight_of(linear)[0]) // self.d for linear in linears]
-        self.kv, self.group = sizes[1], sizes[0] // sizes[1]
-        rows = self._order(norm.weight.device)
-        weight, bias = join(linears, norm, rows)
-        scale = self._scale(attention, weight.device)
-        self.head_scale = self.head_floor = None
-        if hasattr(attention, "q_norm"):
-            self.head_floor = floor_of(attention.q_norm)
-            self.head_scale = scale * torch.cat([attention.q_norm.weight.expand(self.group, -1),
-                                                 attention.k_norm.weight[None]]).detach().float()[:, self._pairs()]
-            self.head_scale = self.head_scale * self.d ** 0.5
+        self.kv = attention.k_proj.out_features // self.d
+        self.group = attention.q_proj.out_features // attention.k_proj.out_features
+        self.floor = floor_of(norm)
+        self.head_floor = floor_of(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.window = getattr(attention, "sliding_window", None)
+        if attention.config.model_type == "mistral":
+            self.window = attention.config.sliding_window
+        self._rows = self._order(norm.weight.device)
+        self._scale = torch.tensor([[attention.scaling]] * self.group + [[1.0]], device=norm.weight.device)
+        self.qkv = self.out = self.head_scale = None
+        self.load(attention, norm)
+
+    def load(self, attention: nn.Module, norm: nn.Module) -> None:
+        """Copy the weights as they are now. The softmax's scale goes to the queries, by their norm or their weight."""
+        weight, bias = join([attention.q_proj, attention.k_proj, attention.v_proj], norm, self._rows)
+        scale = self._scale  # (group + 1, 1): none on the key
+        if self.head_floor is not None:
+            norms = torch.cat([attention.q_norm.weight.expand(self.group, -1), attention.k_norm.weight[None]])
+            scale = scale * norms.detach().float()[:, self._pairs()]
+            self.head_scale = refill(self.head_scale, scale * self.d ** 0.5)
         else:
             flat = torch.cat([scale.expand(self.kv, self.group + 1, self.d).reshape(-1),
                               scale.new_ones(self.kv * self.d)])
             weight, bias = weight * flat[:, None], bias if bias is None else bias * flat
-        self.qkv = pack(weight, bias, form)
-        self.out = pack(*weight_of(attention.o_proj), form)
-        self.floor = floor_of(norm)
-        self.window = getattr(attention, "sliding_window", None)
-        if attention.config.model_type == "mistral":
-            self.window = attention.config.sliding_window
+        self.qkv = pack(weight, bias, self.form, self.qkv)
+        self.out = pack(*weight_of(attention.o_proj), self.form, self.out)
 
     def _pairs(self) -> Tensor:
         half = torch.arange(self.d // 2)
@@ -129,10 +138,6 @@ class GroupedAttention:
         turned = (torch.cat([queries, keys[:, None]], 1).flatten()[:, None] * self.d + self._pairs()).flatten()
         kept = (values[:, None] * self.d + torch.arange(self.d)).flatten()
         return torch.cat([turned, kept]).to(device)
-
-    def _scale(self, attention: nn.Module, device: torch.device) -> Tensor:
-        """(group + 1, 1): the softmax's scale on the queries, none on the key."""
-        return torch.tensor([[attention.scaling]] * self.group + [[1.0]], device=device)
 
     def stores(self, like: Tensor) -> list[Store]:
         """Keys (slots, kv, d, columns), as the product with queries reads them; values (slots, kv, columns, d)."""
@@ -196,9 +201,14 @@ class FeedForward:
     """x + down(act(gate(h)) * up(h)), h = norm(x)."""
 
     def __init__(self, mlp: nn.Module, norm: nn.Module, form: Form):
-        self.both = pack(*join([mlp.gate_proj, mlp.up_proj], norm), form)
-        self.down = pack(*weight_of(mlp.down_proj), form)
-        self.floor, self.act, self.exact = floor_of(norm), mlp.act_fn, form.exact
+        self.form, self.floor, self.act, self.exact = form, floor_of(norm), mlp.act_fn, form.exact
+        self.both = self.down = None
+        self.load(mlp, norm)
+
+    def load(self, mlp: nn.Module, norm: nn.Module) -> None:
+        """Copy the weights as they are now."""
+        self.both = pack(*join([mlp.gate_proj, mlp.up_proj], norm), self.form, self.both)
+        self.down = pack(*weight_of(mlp.down_proj), self.form, self.down)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, D) → (n, D)"""

@@ -26,9 +26,15 @@ class LatentAttention:
         self.straight, self.turned = attention.qk_nope_head_dim, attention.qk_rope_head_dim  # dims of a query
         self.latent, self.value = attention.kv_lora_rank, attention.v_head_dim
         self.floor, self.latent_floor = floor_of(norm), floor_of(attention.kv_a_layernorm)
+        self.query_floor = None if attention.q_lora_rank is None else floor_of(attention.q_a_layernorm)
+        self.entry = self.query = self.expansion = self.out = self.absorb = self.emit = None
+        self.load(attention, norm)
+
+    def load(self, attention: nn.Module, norm: nn.Module) -> None:
+        """Copy the weights as they are now."""
         self._copy_entry(attention, norm)
         self._copy_expansion(attention)
-        self.out = pack(*weight_of(attention.o_proj), form)
+        self.out = pack(*weight_of(attention.o_proj), self.form, self.out)
 
     def _copy_entry(self, attention: nn.Module, norm: nn.Module) -> None:
         """What reads x: the queries, or the short vectors that they come from, beside latent and key."""
@@ -38,30 +44,33 @@ class LatentAttention:
             pairs = pairs.view(2, -1).t().flatten()
         query = torch.arange(self.heads * attention.qk_head_dim).view(self.heads, -1)
         query = torch.cat([query[:, :self.straight].flatten(), query[:, self.straight:][:, pairs].flatten()])
-        self.query = None
         if attention.q_lora_rank is None:
             first, scale = query, attention.scaling
         else:
             first, scale = torch.arange(attention.q_lora_rank), 1.0
             weight, bias = join([attention.q_b_proj], attention.q_a_layernorm, query.to(norm.weight.device))
-            self.query_floor = floor_of(attention.q_a_layernorm)
-            self.query = pack(weight * attention.scaling, bias if bias is None else bias * attention.scaling, self.form)
+            bias = bias if bias is None else bias * attention.scaling
+            self.query = pack(weight * attention.scaling, bias, self.form, self.query)
         self.sizes = [len(first), self.latent, self.turned]
         rows = torch.cat([first, len(first) + torch.arange(self.latent), len(first) + self.latent + pairs])
-        entry = attention.q_proj if self.query is None else attention.q_a_proj
+        entry = attention.q_proj if attention.q_lora_rank is None else attention.q_a_proj
         weight, bias = join([entry, attention.kv_a_proj_with_mqa], norm, rows.to(norm.weight.device))
         weight[:len(first)] *= scale
         if bias is not None:
             bias[:len(first)] *= scale
-        self.entry = pack(weight, bias, self.form)
+        self.entry = pack(weight, bias, self.form, self.entry)
 
     def _copy_expansion(self, attention: nn.Module) -> None:
         """What makes keys and values of latents: for prompts as it is, for steps by head."""
         weight, bias = join([attention.kv_b_proj], attention.kv_a_layernorm)
         assert bias is None, "no known class adds a bias to the expanded latents"
         keys, values = weight.view(self.heads, -1, self.latent).split([self.straight, self.value], 1)
-        self.expansion = pack(torch.cat([keys.flatten(0, 1), values.flatten(0, 1)]), None, self.form)
-        self.absorb, self.emit = _ByHead(keys.transpose(1, 2), self.form), _ByHead(values, self.form)
+        wide = torch.cat([keys.flatten(0, 1), values.flatten(0, 1)])
+        self.expansion = pack(wide, None, self.form, self.expansion)
+        if self.absorb is None:
+            self.absorb, self.emit = _ByHead(self.form), _ByHead(self.form)
+        self.absorb.load(keys.transpose(1, 2))
+        self.emit.load(values)
 
     def stores(self, like: Tensor) -> list[Store]:
         """Latent and turned key of each token, end to end (slots, columns, latent + turned)."""
@@ -116,11 +125,17 @@ class LatentAttention:
 class _ByHead:
     """A weight (N, K) for each of H heads."""
 
-    def __init__(self, weight: Tensor, form: Form):
+    def __init__(self, form: Form):
+        self.form = form
+        self.packs = self.weight = None
+
+    def load(self, weight: Tensor) -> None:
         """weight (H, N, K)"""
-        # a batched product's numbers depend on how many rows there are, where there are few
-        self.packs = [pack(w, None, form) for w in weight] if form.exact else None
-        self.weight = weight.transpose(1, 2).to(form.dtype).contiguous()
+        if self.form.exact:  # a batched product's numbers depend on how many rows there are, where there are few
+            old = self.packs or [None] * len(weight)
+            self.packs = [pack(w, None, self.form, one) for w, one in zip(weight, old, strict=True)]
+        weight = weight.transpose(1, 2).to(self.form.dtype)
+        self.weight = weight.contiguous() if self.weight is None else self.weight.copy_(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, H, K) → (R, H, N)"""

@@ -8,20 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from tinyr2.models.blocks import FeedForward, Form, floor_of, gated, normalize, pack
+from tinyr2.models.products import refill
 
 
 class Experts:
     """x + shared(h) + sum over the chosen experts e of weight_e · expert_e(h), h = norm(x) (DeepSeek-V3, eq. 12)."""
 
     def __init__(self, mlp: nn.Module, norm: nn.Module, form: Form):
+        experts, shared = inner(mlp.experts), mlp.shared_experts
+        self.form, self.floor, self.act, self.exact = form, floor_of(norm), experts.act_fn, form.exact
+        self.router = Router(mlp.gate, form)
+        self.both, self.down = [None] * len(experts.down_proj), [None] * len(experts.down_proj)
+        self.shared = FeedForward(shared, norm, form) if shared.gate_proj.out_features > 0 else None
+        self._load_routed(mlp, norm)
+
+    def load(self, mlp: nn.Module, norm: nn.Module) -> None:
+        """Copy the weights as they are now."""
+        if self.shared is not None:
+            self.shared.load(mlp.shared_experts, norm)
+        self._load_routed(mlp, norm)
+
+    def _load_routed(self, mlp: nn.Module, norm: nn.Module) -> None:
         scale = norm.weight.detach().float() * norm.weight.numel() ** 0.5
-        self.router = Router(mlp.gate, scale, form)
-        down = parameter_of(mlp.experts, "down_proj")
-        self.both = [pack(w * scale, None, form) for w in parameter_of(mlp.experts, "gate_up_proj")]
-        self.down = [pack(w, None, form) for w in down]
-        self.floor, self.act, self.exact = floor_of(norm), inner(mlp.experts).act_fn, form.exact
-        has_shared = mlp.shared_experts.gate_proj.out_features > 0
-        self.shared = FeedForward(mlp.shared_experts, norm, form) if has_shared else None
+        self.router.load(mlp.gate, scale)
+        both, down = (parameter_of(mlp.experts, name) for name in ("gate_up_proj", "down_proj"))
+        self.both = [pack(w * scale, None, self.form, old) for w, old in zip(both, self.both, strict=True)]
+        self.down = [pack(w, None, self.form, old) for w, old in zip(down, self.down, strict=True)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, D) → (n, D)"""
@@ -46,16 +58,21 @@ class Router:
     a group is worth its two best experts. DeepSeek-V2 (eq. 22, 2.2.2): softmax scores; a group is worth its best one.
     """
 
-    def __init__(self, gate: nn.Module, scale: Tensor, form: Form):
-        """scale (D,): of the norm that the router reads through"""
-        self.score = pack(parameter_of(gate, "weight") * scale, None, Form(torch.float32, form.exact))
+    def __init__(self, gate: nn.Module, form: Form):
+        self.form = Form(torch.float32, form.exact)
+        self.score = self.balance = None
         gate = inner(gate)
         balance = getattr(gate, "e_score_correction_bias", None)
-        self.balance = None if balance is None else balance.detach().float().clone()
         self.count, self.factor = gate.top_k, gate.routed_scaling_factor
         self.normalizes = balance is not None and gate.norm_topk_prob
         grouped = balance is not None or gate.topk_method == "group_limited_greedy"
         self.groups, self.kept = (gate.num_group, gate.topk_group) if grouped else (1, 1)
+
+    def load(self, gate: nn.Module, scale: Tensor) -> None:
+        """Copy the weights as they are now. scale (D,): of the norm that the router reads through"""
+        self.score = pack(parameter_of(gate, "weight") * scale, None, self.form, self.score)
+        balance = getattr(inner(gate), "e_score_correction_bias", None)
+        self.balance = refill(self.balance, balance if balance is None else balance.float())
 
     def __call__(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h (n, D) float32 → weights (n, k) float32, experts (n, k) int64."""

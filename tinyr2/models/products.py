@@ -69,6 +69,14 @@ class _Linear(torch.autograd.Function):
                 flat.sum(0) if wants[2] else None)
 
 
+def refill(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """A copy of `new`, at `old`'s address where there is an old one: captured steps read their weights by address."""
+    if new is None:
+        return None
+    new = new.detach()
+    return new.clone() if old is None else old.copy_(new)
+
+
 class Packed:
     """A weight (N, K) laid out once for many products with few rows; it is not to change meanwhile.
 
@@ -77,14 +85,22 @@ class Packed:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, exact: bool = False):
-        weight = weight.detach()
         self.shape = weight.shape
-        self.bias = None if bias is None else bias.detach()
-        packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and available()
-        small = packs and not exact and weight.numel() < LARGE
+        self._packs = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and available()
+        small = self._packs and not exact and weight.numel() < LARGE
         self._few = WORTHWHILE // weight.numel() if small else 0  # up to so many rows torch is faster
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64) if packs else None
-        self._plain = weight.t().contiguous() if self._few else None if packs else weight.t()
+        self.bias = self._packed = self._plain = None
+        self.load(weight, bias)
+
+    def load(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Other numbers of the same shape, dtype and device; where nothing is packed, they take the old ones' place."""
+        weight = weight.detach()
+        if not self._packs:
+            self._plain, self.bias = refill(self._plain, weight.t()), refill(self.bias, bias)
+            return
+        self.bias = None if bias is None else bias.detach()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 64)
+        self._plain = weight.t().contiguous() if self._few else None
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x (R, K) → (R, N), plus the bias, plus `add` (R, N); in x's dtype."""
@@ -94,3 +110,10 @@ class Packed:
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._packed, self.bias, "add")
+
+    def wide(self, x: Tensor) -> Tensor:
+        """x (R, K) → (R, N) float32, plus the bias: on CUDA as it was summed, not rounded to x's dtype first."""
+        if x.device.type != "cuda" or x.dtype == torch.float32:
+            return self(x).float()
+        out = torch.mm(x, self._plain, out_dtype=torch.float32)  # CUDA's own argument
+        return out if self.bias is None else out.add_(self.bias)

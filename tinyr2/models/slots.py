@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNKNOWN = 2**62  # tokens: where nobody knows how long a row may get
 GRAIN = 64  # columns; in exact mode a row attends to its own length rounded up to this, whatever its neighbors need
+PAGE = 128  # columns; where steps are captured all rows attend to the longest one's length rounded up to this
 
 
 class Store:
@@ -24,6 +26,7 @@ class Store:
 
     def _resize(self, data: Tensor) -> None:
         self.data = data
+        self.place = object()  # of its own for every place in memory
         self._by_column = data.movedim(self._time, 1)
 
     def fit(self, slots: int, columns: int, longest: int) -> None:
@@ -66,14 +69,15 @@ class Group:
     """Some rows that attend to the same number of columns."""
 
     width: int
-    lengths: tuple[int, ...]  # columns that each row may see
+    lengths: tuple[int, ...] | None  # columns that each row may see; None: `column` alone says it
     column: Tensor  # (R,) the last of them
     rows: Tensor | None = None  # (R,) which slots; None: slots 0 ... R-1
     _masks: dict = field(default_factory=dict)
 
     def mask(self, copies: int, window: int | None = None) -> Tensor | None:
         """(R * copies, 1, width) float32: 0 or -inf, each row repeated for its heads; None where nothing is hidden."""
-        if min(self.lengths) == self.width and (window is None or window >= self.width):
+        full = self.lengths is not None and min(self.lengths) == self.width
+        if full and (window is None or window >= self.width):
             return None
         if (copies, window) not in self._masks:
             index, last = torch.arange(self.width, device=self.column.device)[None], self.column[:, None]
@@ -113,16 +117,28 @@ class Fill:
 class SlotCache:
     """Stores of R live rows, in slots 0 ... R-1, of `lengths` tokens each."""
 
-    def __init__(self, layers: list[list[Store]], device: torch.device, *, longest: int = UNKNOWN, exact: bool = False):
-        """longest: tokens that a row may come to have, where known"""
+    def __init__(self, layers: list[list[Store]], device: torch.device, *, longest: int = UNKNOWN, exact: bool = False,
+                 static: bool = False):
+        """longest: tokens that a row may come to have, where known    exact: rows are grouped by their lengths
+        static: a step has one of few shapes: its rows are rounded up, with free slots, and its columns too"""
         self.layers = layers  # of each layer, the stores that it reads and writes
-        self._longest = _grains(longest) if exact else longest
+        self._grain = GRAIN if exact else PAGE if static else 1
+        self._longest = _rounded(longest, self._grain)
         self.lengths: list[int] = []
         self._column = torch.zeros(0, dtype=torch.long, device=device)
-        self._exact = exact
+        self._exact, self._static = exact, static
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def places(self) -> tuple[object, ...]:
+        """Where the stores lie: equal to what it was as long as none has moved."""
+        return tuple(s.place for stores in self.layers for s in stores)
+
+    @property
+    def _seats(self) -> int:
+        return seats(len(self)) if self._static else len(self)
 
     def append(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Fill:
         """New slots: copies[i] for prompt i, whose tokens lie end to end in a pack."""
@@ -135,29 +151,33 @@ class SlotCache:
                 self.lengths.append(len(prompt))
             start += len(prompt)
         device = self._column.device
-        self._column = torch.tensor(self.lengths, device=device)
-        return Fill(*(torch.cat(part).to(device) for part in (source, slot, column)), slots=len(self),
-                    width=max(map(len, prompts)), longest=self._longest)
+        self._column = send(self.lengths, device)
+        return Fill(*(torch.cat(part).to(device) for part in (source, slot, column)), slots=self._seats,
+                    width=_rounded(max(map(len, prompts)), self._grain), longest=self._longest)
 
     def advance(self) -> Step:
         """Each row grows by one token."""
-        column = self._column
+        column, slots = self._column, self._seats
         self._column = column + 1
         self.lengths = [n + 1 for n in self.lengths]
-        width = max(self.lengths)
+        longest = max(self.lengths)
+        wide = _rounded(longest, self._grain)
         for store in (s for stores in self.layers for s in stores):
-            store.fit(len(self), _grains(width) if self._exact else width, self._longest)
-        slot = torch.arange(len(self), device=column.device)
-        return Step(slot, column, width, self._groups(column, width))
+            store.fit(slots, wide, self._longest)
+        slot = torch.arange(slots, device=column.device)
+        if not self._static:
+            return Step(slot, column, longest, self._groups(column, longest))
+        column = F.pad(column, (0, slots - len(self)))  # a free slot's first column: whoever enters overwrites it
+        return Step(slot, column, wide, (Group(wide, None, column),))
 
     def _groups(self, column: Tensor, width: int) -> tuple[Group, ...]:
         if not self._exact:
             return (Group(width, tuple(self.lengths), column),)
-        wide = [_grains(n) for n in self.lengths]
+        wide = [_rounded(n, GRAIN) for n in self.lengths]
         groups = []
         for w in sorted(set(wide)):
             rows = [i for i, own in enumerate(wide) if own == w]
-            index = torch.tensor(rows, device=column.device)
+            index = send(rows, column.device)
             groups.append(Group(w, tuple(self.lengths[i] for i in rows), column[index], index))
         return tuple(groups)
 
@@ -172,14 +192,25 @@ class SlotCache:
             order[hole] = mover
         device = self._column.device
         if holes:
-            to, source = torch.tensor(holes, device=device), torch.tensor(movers, device=device)
+            to, source = send(holes, device), send(movers, device)
             columns = max(self.lengths[m] for m in movers)
             for store in (s for stores in self.layers for s in stores):
                 store.move(to, source, columns)
         self.lengths = [self.lengths[s] for s in order]
-        self._column = self._column[torch.tensor(order, dtype=torch.long, device=device)]
+        self._column = self._column[send(order, device)]
         return order
 
 
-def _grains(columns: int) -> int:
-    return -(-columns // GRAIN) * GRAIN
+def seats(rows: int) -> int:
+    """The slots of a step with static shapes: the next power of 2 up to 64, then the next multiple of 64."""
+    return 1 << (rows - 1).bit_length() if rows <= 64 else _rounded(rows, 64)
+
+
+def send(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """A tensor on the device. On CUDA nobody waits: a plain copy would, for all that the device has been given."""
+    found = torch.tensor(numbers, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
+def _rounded(count: int, grain: int) -> int:
+    return -(-count // grain) * grain

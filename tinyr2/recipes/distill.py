@@ -154,8 +154,9 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind
     model = setup.load_student(config.student, device, config.train.seed)
     learner = setup.learner_of(model, inputs.vocab, device, config.train)
-    work = Distillation(config, inputs, hire(load_model(config.teacher, device), inputs.vocab), learner,
-                        setup.decode_dtype(config.rollout.dtype, learner))
+    student = setup.policy_of(model, inputs.tokenizer, inputs.vocab, exact=config.train.deterministic,
+                              dtype=setup.decode_dtype(config.rollout.dtype, learner))
+    work = Distillation(config, inputs, hire(load_model(config.teacher, device), inputs.vocab), learner, student)
     with open_run(config, "distill", console, total=config.train.max_steps, resume=resume, overwrite=overwrite,
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         state = setup.restore(run, model, config.train, _identity(config, inputs), resume)
@@ -171,7 +172,7 @@ class Distillation:
     inputs: Inputs
     teacher: Teacher
     learner: Learner
-    decode_dtype: torch.dtype  # of the student's decode copies
+    student: Policy  # before the first step
 
     def step(self, t: int) -> StepResult:
         """Write, grade, judge, and leave the gradient of step `t` (0-based) on the student."""
@@ -207,12 +208,11 @@ class Distillation:
 
     @property
     def _importance_cap(self) -> float | None:
-        return None if self.decode_dtype == self.learner.dtype else self.config.rollout.importance_cap
+        return None if self.student.dtype == self.learner.dtype else self.config.rollout.importance_cap
 
     def _student(self, version: int) -> Policy:
         """For one version of the weights, and as long as it writes: a decode copy is a second set of weights."""
-        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version,
-                               dtype=self.decode_dtype, exact=self.config.train.deterministic)
+        return replace(self.student, version=version)
 
     @cached_property
     def _writing_teacher(self) -> Policy:

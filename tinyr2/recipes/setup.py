@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.errors import ConfigError
-from tinyr2.core.memory import keep_freed_memory
 from tinyr2.core.rng import derive
 from tinyr2.models.decode import supports_decoding
 from tinyr2.models.load import (
@@ -28,7 +27,7 @@ from tinyr2.models.load import (
     save_model,
 )
 from tinyr2.recipes.run import Run
-from tinyr2.rollouts.sample import Policy
+from tinyr2.rollouts.sample import Policy, Resident
 from tinyr2.tokens.chat import stop_ids
 from tinyr2.train import state as checkpoint
 from tinyr2.train.loop import Job, StepResult, TrainConfig
@@ -60,8 +59,6 @@ def choose_device(name: str, train_config: TrainConfig) -> torch.device:
     if train_config.optim_offload and device.type == "cpu":
         raise ConfigError("train.optim_offload: the model is on the CPU already, so there is nothing to move there; "
                           "set it to false, or give another device")
-    if device.type == "cpu":
-        keep_freed_memory()
     return device
 
 
@@ -106,13 +103,16 @@ def decode_dtype(name: DecodeDType, learner: Learner) -> torch.dtype:
 
 def policy_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocab: int, version: int = 0, *,
               dtype: torch.dtype | None = None, exact: bool = False) -> Policy:
-    """A model that can write. Its decode copy is made when it first writes, and is freed with the policy.
+    """A model that can write. Its decode copy is made when it first writes.
 
+    For a later version, `replace` the policy's: on a CPU that one makes its own copy, and the learner has the memory in
+    between; on CUDA the copy stays where it is, with the steps captured from it, and is refreshed.
     dtype: to decode in; None: the model's, or autocast's    exact: what is written beside an answer leaves it as it is
     """
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
-    return Policy(model=model, tokenizer=tokenizer, stop=stop_ids(tokenizer, eos), vocab=vocab,
+    resident = Resident() if next(model.parameters()).device.type == "cuda" else None
+    return Policy(model=model, tokenizer=tokenizer, stop=stop_ids(tokenizer, eos), vocab=vocab, resident=resident,
                   context=context_length(model.config), version=version, dtype=dtype, exact=exact)
 
 

@@ -4,7 +4,7 @@ In: a config. Out: a run folder whose `final/` is the model as a plain Hugging F
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -120,9 +120,13 @@ class FineTuning:
             out["eval_loss"] = accumulate(self.learner, rollouts, lambda _: likelihood(counts)).loss
         return out
 
-    def _policy(self, version: int) -> Policy:
-        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab, version,
+    @cached_property
+    def _untrained(self) -> Policy:
+        return setup.policy_of(self.learner.model, self.inputs.tokenizer, self.inputs.vocab,
                                dtype=setup.decode_dtype("auto", self.learner), exact=self.config.train.deterministic)
+
+    def _policy(self, version: int) -> Policy:
+        return replace(self._untrained, version=version)
 
     def _render(self, problems: list[Problem]) -> list[Rollout]:
         """Tokenized once per problem."""

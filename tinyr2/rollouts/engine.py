@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinyr2.core.rng import generator
 from tinyr2.models.decode import Decoder, supports_decoding
+from tinyr2.models.slots import send
 from tinyr2.rollouts import padded
 from tinyr2.rollouts.request import Answer, Ending, Request
 from tinyr2.rollouts.sampling import SamplingConfig, draw_tokens
@@ -74,13 +75,14 @@ class _Engine:
             if gone := {slot for slot, r in enumerate(scheduler.seated) if self._done(self.rows[r])}:
                 order = cache.drop(gone)
                 scheduler.leave(order)
-                pending = pending[torch.tensor(order, dtype=torch.long, device=pending.device)]
+                pending = pending[send(order, pending.device)]
+        self.decoder.take_back(cache)
         return [Answer(tuple(row.ids), tuple(row.logp), "stop" if row.over else "length") for row in self.rows]
 
     def _draw(self, states: Tensor, rows: list[_Row]) -> Tensor:
         """The next token of `rows` from their states (R, D); (R,) int64."""
-        uniform = torch.tensor([row.uniform[len(row.ids)] for row in rows], device=states.device,
-                               dtype=torch.float32 if states.device.type == "mps" else torch.float64)
+        uniform = send([row.uniform[len(row.ids)] for row in rows], states.device,
+                       torch.float32 if states.device.type == "mps" else torch.float64)
         ids, logp = draw_tokens(self.decoder.logits(states), uniform, self.sampling)
         for row, token, value in zip(rows, ids.tolist(), logp.tolist(), strict=True):
             row.ids.append(token)

@@ -4,7 +4,7 @@ In: problems. Out: rollouts, problem by problem, with tokens, text and the log-p
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tinyr2.core.errors import DataError
+from tinyr2.core.errors import DataError, RunError
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Author, Problem, Rollout
 from tinyr2.models.decode import Decoder, supports_decoding
@@ -21,6 +21,21 @@ from tinyr2.rollouts.request import Ending, Request
 from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.rollouts.stopping import StopStrings
 from tinyr2.tokens.chat import decode, render_prompt
+
+
+class Resident:
+    """A decode copy that stays from version to version: refreshed in place, it keeps the steps that were captured."""
+
+    def __init__(self) -> None:
+        self._decoder: Decoder | None = None
+
+    def at(self, version: int, make: Callable[[], Decoder]) -> Decoder:
+        """The copy, of the weights as they are now if it was another version's; made at the first call."""
+        if self._decoder is None:
+            self._decoder = make()
+        elif self._decoder.version != version:
+            self._decoder.refresh(version)
+        return self._decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +50,27 @@ class Policy:
     version: int = 0  # optimizer steps behind the weights
     dtype: torch.dtype | None = None  # to decode in; None: the model's, or autocast's
     exact: bool = False  # an answer does not depend, bit for bit, on what is decoded beside it
+    resident: Resident | None = None  # where policies of later versions find this one's decode copy; None: nowhere
+
+    @property
+    def writer(self) -> nn.Module | Decoder:
+        """What decodes: a copy of the weights as they are at the first call, or the model where no copy is known.
+
+        RunError where the copy has become a later version's.
+        """
+        found = self._writer
+        if isinstance(found, Decoder) and found.version != self.version:
+            raise RunError(f"the decode copy of the weights is that of version {found.version} by now, not of version "
+                           f"{self.version}; write with the newest policy")
+        return found
 
     @cached_property
-    def writer(self) -> nn.Module | Decoder:
-        """What decodes: a copy of the weights as they are at the first call, or the model where no copy is known."""
+    def _writer(self) -> nn.Module | Decoder:
         if not supports_decoding(self.model):
             return self.model
+        return self._copy() if self.resident is None else self.resident.at(self.version, self._copy)
+
+    def _copy(self) -> Decoder:
         return Decoder(self.model, vocab=self.vocab, dtype=self.dtype, exact=self.exact, version=self.version)
 
 

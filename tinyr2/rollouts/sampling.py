@@ -15,8 +15,8 @@ from torch import Tensor
 from tinyr2.core.config import Config
 from tinyr2.core.errors import RunError
 
-# Elements handled at a time (8 MB): their probabilities stay in the cache between passes, and in memory that the
-# allocator has at hand, where larger tensors would be mapped, page by page, on each call.
+# Elements handled at a time on a CPU (8 MB): their probabilities stay in the cache between passes, and in memory that
+# the allocator has at hand, where larger tensors would be mapped, page by page, on each call.
 _CHUNK = 2**21
 _BLOCK = 256  # tokens summed together in a wide vocabulary; near sqrt(V), so that neither level of the search is long
 _WIDE = 1024  # from more tokens than this on, many rows cost less through block sums than in one cumulative sum
@@ -55,38 +55,33 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tu
     decoding (temperature 0) takes the first of the best and reports log-probs at temperature 1. RunError: a row holds
     NaN or +inf, or no finite number. Devroye 1986, chapter III.2 (inversion).
     """
-    if logits.numel() <= _CHUNK:
-        return _draw(logits, uniform, sampling)
-    rows = max(1, _CHUNK // logits.shape[1])
-    parts = [_draw(x, u, sampling) for x, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
-    ids, logp = zip(*parts, strict=True)
-    return torch.cat(ids), torch.cat(logp)
+    if logits.numel() <= _CHUNK or logits.device.type != "cpu":
+        ids, logp = _draw(logits, uniform, sampling)
+    else:
+        rows = max(1, _CHUNK // logits.shape[1])
+        parts = [_draw(x, u, sampling) for x, u in zip(logits.split(rows), uniform.split(rows), strict=True)]
+        ids, logp = map(torch.cat, zip(*parts, strict=True))
+    if math.isnan(logp.sum().item()):  # asked last: it waits for the device
+        raise RunError("the model's logits hold NaN or +inf, or nothing but -inf, so no token can be drawn: its "
+                       "weights have diverged; go back to an earlier checkpoint, or train with a lower learning_rate")
+    return ids, logp
 
 
 def _draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     logits = logits.float()
     if sampling.temperature == 0.0:
         ids = _argmax(logits)
-        logp = torch.log_softmax(logits, dim=-1).gather(1, ids)[:, 0]
-        _check(logp)
-        return ids[:, 0], logp
+        return ids[:, 0], torch.log_softmax(logits, dim=-1).gather(1, ids)[:, 0]
     # softmax works row by row within the cache; its own sum, in float32, is put right by `total`
     p = torch.softmax(logits if sampling.temperature == 1.0 else logits / sampling.temperature, dim=-1)
     mass = _cumulative(p)
     total = mass[:, -1:]  # (R, 1), 1 but for rounding
-    _check(total)
     if sampling.truncates:
         kept = _truncate(p, total, sampling)
         ids = _inverse_cdf(kept, _cumulative(kept), uniform)
     else:
         ids = _inverse_cdf(p, mass, uniform)
     return ids[:, 0], (p.gather(1, ids) / total).log().float()[:, 0]
-
-
-def _check(of_rows: Tensor) -> None:
-    if math.isnan(of_rows.sum().item()):
-        raise RunError("the model's logits hold NaN or +inf, or nothing but -inf, so no token can be drawn: its "
-                       "weights have diverged; go back to an earlier checkpoint, or train with a lower learning_rate")
 
 
 def _cumulative(p: Tensor) -> Tensor:
@@ -96,18 +91,21 @@ def _cumulative(p: Tensor) -> Tensor:
 
 
 def _inverse_cdf(p: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
-    """The first token at which the cumulative mass exceeds u · total. p (R, V), its `_cumulative` → ids (R, 1)."""
+    """The first token at which the cumulative mass exceeds u · total. p (R, V), its `_cumulative` → ids (R, 1).
+
+    In a row of NaN there is none; it gets the last.
+    """
     below = 1.0 - torch.finfo(mass.dtype).eps / 2  # u · total must stay below total, also where u is next to 1
     point = mass[:, -1:] * below * uniform[:, None]
     found = torch.searchsorted(mass, point, right=True)
     if p.shape[1] <= _WIDE:
-        return found
+        return found.clamp_(max=p.shape[1] - 1)
     # What the blocks before hold is taken off. Rounding may leave a point outside of its block, by 1e-7 of its mass.
     point -= torch.where(found > 0, mass.gather(1, (found - 1).clamp_(min=0)), 0.0)
     window, tokens = _window(p, found)
     inner = window.cumsum(-1, dtype=mass.dtype)
     point = torch.minimum(point, inner[:, -1:] * below)
-    return tokens.gather(1, torch.searchsorted(inner, point, right=True))
+    return tokens.gather(1, torch.searchsorted(inner, point, right=True).clamp_(max=_BLOCK - 1))
 
 
 def _argmax(x: Tensor) -> Tensor:
