@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,17 +81,17 @@ def main() -> None:
 
 def watched() -> Watch:
     """Put a clock around the attention of the packed forward."""
-    watch, attend = Watch(), packed.attend
+    watch, attend = Watch(), packed.attend_ordered
 
-    def timed(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, *args, **kwargs)
+    def timed(rows: packed.Layout, qkv: Sequence[Tensor], *settings) -> Tensor:
+        def call(*inputs: Tensor) -> Tensor:
+            return attend(rows, inputs, *settings)
 
         if torch.is_grad_enabled():
-            return _Timed.apply(watch, call, query, key, value)
-        return watch.time("forward", lambda: call(query, key, value))
+            return _Timed.apply(watch, call, *qkv)
+        return watch.time("forward", lambda: call(*qkv))
 
-    packed.attend = timed
+    packed.attend_ordered = timed
     return watch
 
 

@@ -83,10 +83,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Layout, *, scaling: 
     query (1, H, T, D)   key, value (1, H_kv, T, D)   → (1, T, H, D_v)
     """
     qkv = [move(x[0].transpose(0, 1), rows.order, rows.back) for x in (query, key, value)]
-    return move(_attend_ordered(rows, qkv, scaling, dropout, window), rows.back, rows.order)[None]
+    return move(attend_ordered(rows, qkv, scaling, dropout, window), rows.back, rows.order)[None]
 
 
-def _attend_ordered(rows: Layout, qkv: Sequence[Tensor], scaling: float | None, dropout: float,
+def attend_ordered(rows: Layout, qkv: Sequence[Tensor], scaling: float | None, dropout: float,
                     window: int | None) -> Tensor:
     """`attend` on query, key and value (T, H, D) whose tokens lie in `rows.order`."""
     sizes = [bucket.tokens for bucket in rows.buckets]
@@ -129,7 +129,7 @@ def _interface(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
                tinyr2_rows: Layout, **_) -> tuple[Tensor, None]:
     """The shape in which transformers calls an attention function; the tokens lie in `tinyr2_rows.order`."""
     qkv = [x[0].transpose(0, 1) for x in (query, key, value)]
-    return _attend_ordered(tinyr2_rows, qkv, scaling, dropout, sliding_window)[None], None
+    return attend_ordered(tinyr2_rows, qkv, scaling, dropout, sliding_window)[None], None
 
 
 AttentionInterface.register("tinyr2_packed", _interface)
@@ -181,6 +181,8 @@ def hidden_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: S
     body = body_of(model)
     if model.config.model_type not in PACKED | STOCK_PACKED:
         return _padded(body, tokens, lengths)
+    count = len(tokens)
+    tokens, position, lengths = _round_up(tokens, position, lengths)
     rows = layout(lengths, tokens.device)
     position = position[rows.order][None]
     x = body.embed_tokens(tokens[rows.order])
@@ -188,14 +190,26 @@ def hidden_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: S
     for layer in body.layers[:body.config.num_hidden_layers]:
         run = partial(_layer, body, layer, rows, position, rotary)
         x = checkpoint(run, x, use_reentrant=False) if gradient_checkpointing and torch.is_grad_enabled() else run(x)
-    return move(normalized(body.norm, x), rows.back, rows.order)
+    return move(normalized(body.norm, x), rows.back, rows.order)[:count]
+
+
+def _round_up(tokens: Tensor, position: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """One more row, which nobody reads, so that few different T occur: at most a 32nd of the tokens.
+
+    oneDNN generates code, and keeps memory, for each T that it meets.
+    """
+    count = len(tokens)
+    grain = max(1, 2 ** ((count // 32).bit_length() - 1)) if tokens.device.type == "cpu" else 1
+    if not (more := -count % grain):
+        return tokens, position, lengths
+    return F.pad(tokens, (0, more)), torch.cat([position, torch.arange(more)]), [*lengths, more]
 
 
 def _layer(body: nn.Module, layer: nn.Module, rows: Layout, position: Tensor, rotary: Tensor | tuple[Tensor, ...],
            x: Tensor) -> Tensor:
     if supports_packing(body) and fits(x) and not (layer._forward_hooks or layer._forward_pre_hooks):
         cos, sin = rotary
-        return dense_layer(layer, x, (cos[0], sin[0]), partial(_attend_ordered, rows))
+        return dense_layer(layer, x, (cos[0], sin[0]), partial(attend_ordered, rows))
     with attention(body, "tinyr2_packed"), _lean_experts(body):
         return layer(x[None], attention_mask=None, position_ids=position, past_key_values=None, use_cache=False,
                      position_embeddings=rotary, tinyr2_rows=rows)[0]
