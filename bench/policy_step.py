@@ -47,7 +47,7 @@ def steps(a: argparse.Namespace) -> tuple[list[float], list[float]]:
     net = model(a.hidden, a.layers, len(tokenizer)).train()
     config = OptimConfig(learning_rate=1e-4)
     optimizer = make_optimizer(net, config)
-    learner = Learner(model=net, vocab=len(tokenizer), tokens_per_micro_batch=16384)
+    learner = Learner(model=net, vocab=len(tokenizer), tokens_per_micro_batch=8192)
     problems = [Problem(id=str(i), task="benchmark", messages=(Message("user", text),))
                 for i, text in enumerate(prompts(4096, a.prompt_tokens, a.seed))]
     sampling = SamplingConfig(temperature=1.0, max_completion_length=a.new_tokens)

@@ -150,8 +150,7 @@ def _write(path: Path, problems: Sequence[Problem], *, solution: bool) -> None:
 
 def _settings(seed: int, **more) -> dict:
     # one thread: a second gains little on products this small, and loses much on a busy machine (docs/log.md)
-    return {"optim": "muon", "seed": seed, "save_steps": 10_000, "warmup_steps": 20, "tokens_per_micro_batch": 65536,
-            "num_threads": 1} | more
+    return {"optim": "muon", "seed": seed, "save_steps": 10_000, "warmup_steps": 20, "num_threads": 1} | more
 
 
 def teacher_config(out: Path, seed: int, plan: Plan) -> SftConfig:

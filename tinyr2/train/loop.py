@@ -34,7 +34,7 @@ class TrainConfig(OptimConfig):
     max_steps: int = Field(100, ge=1)
     seed: int = 0
     deterministic: bool = False  # bit-exact resume: deterministic kernels, fixed threads
-    tokens_per_micro_batch: int = Field(16384, ge=1)
+    tokens_per_micro_batch: int = Field(8192, ge=1)
     bf16: bool | None = None  # bfloat16 products over float32 weights; None: on CUDA only
     gradient_checkpointing: bool = False  # the backward pass computes each layer again: less memory, more time
     save_steps: int = Field(50, ge=1)
