@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tinyr2.core.errors import ConfigError
 from tinyr2.models import packed
 from tinyr2.models.presets import PRESETS
 
@@ -204,3 +205,22 @@ def test_gradients_under_autocast_are_near_those_in_full_precision(checkpointing
     assert half.keys() == full.keys()
     for n in full:
         assert F.cosine_similarity(half[n].flatten(), full[n].flatten(), 0) > 0.99
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0},
+    {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+     "original_max_position_embeddings": 16}])
+def test_rotary_positions_that_depend_on_the_longest_row_are_refused(rope):
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
+    with pytest.raises(ConfigError, match="rope_type"):
+        packed.hidden_states(model, *pack(rows_of([5, 40])))
+
+
+def test_hooks_inside_a_layer_are_called():
+    model, called = make("qwen3"), []
+    layer = model.model.layers[0]
+    layer.mlp.register_forward_hook(lambda *_: called.append("mlp"))
+    layer.self_attn.q_proj.register_full_backward_hook(lambda *_: called.append("q_proj"))
+    packed.hidden_states(model, *pack(rows_of([5, 3]))).sum().backward()
+    assert called == ["mlp", "q_proj"]

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.models.test_packed import CLASSES, make
+from tests.models.test_packed import CLASSES, SHAPE, make
 from tests.rollouts.reference import decode
 from tinyr2.core.errors import RunError
 from tinyr2.models.decode import Decoder
@@ -56,6 +57,35 @@ def test_an_answer_is_over_when_its_ending_says_so(monkeypatch, padded):
         over = [n for n in range(1, 31) if full.response_ids[n - 1] in STOP or sum(full.response_ids[:n]) > 100]
         assert cut.response_ids == full.response_ids[:over[0]]
         assert cut.finish == "stop"
+
+
+def dynamic(seed: int = 0):
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | {"max_position_embeddings": 12}, rope_parameters=rope)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*slower")
+def test_rows_whose_positions_depend_on_the_longest_one_are_decoded_one_by_one():
+    model = dynamic()
+    with pytest.warns(UserWarning, match="one request at a time"):
+        together = decode_all(model, REQUESTS, SamplingConfig(temperature=0.0), stop=STOP)
+    assert together == [decode_all(model, [r], SamplingConfig(temperature=0.0), stop=STOP)[0] for r in REQUESTS]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_padded_decoder_leaves_the_model_in_its_mode(monkeypatch, training):
+    monkeypatch.setattr(engine, "supports_decoding", lambda _: False)
+    model = make("qwen3").train(training)
+    model.model.norm.train(not training)
+    with pytest.warns(UserWarning, match="slower"):
+        decode_all(model, REQUESTS[:1], SamplingConfig(), stop=STOP)
+    assert model.training == training and model.model.norm.training != training
+
+
+def test_a_decoder_of_another_vocabulary_is_refused():
+    with pytest.raises(AssertionError, match="vocab 13"):
+        decode_all(Decoder(make("qwen3")), REQUESTS, SamplingConfig(), stop=STOP, vocab=13)
 
 
 def test_a_stale_copy_of_the_weights_is_refused():

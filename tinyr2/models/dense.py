@@ -76,8 +76,8 @@ def _linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _plain(*modules: nn.Module) -> bool:
-    """Whether the modules are no more than their weights: of known classes, and nobody listens to their calls."""
-    return all(type(m) in (nn.Linear, *NORMS) and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
+    """Whether the modules are no more than their weights."""
+    return all(type(m) in (nn.Linear, *NORMS) for m in modules)
 
 
 def _window(att: nn.Module) -> int | None:

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
+from tinyr2.core.errors import ConfigError
 from tinyr2.models.dense import dense_layer, fits, normalized
 from tinyr2.models.fused import drop_padding, move, short_attention
 
 PACKED = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # classes whose packed log-probs the tests compare
 STOCK_PACKED = frozenset({"deepseek_v2", "deepseek_v3"})  # the same, of stock layers with our attention
+STEADY = frozenset({"default", "linear", "llama3", "yarn"})  # rotary angles that depend on a token's position alone
 MAX_PADDING = 0.15  # of a bucket's attention cells
 SHORT = 128  # rows up to this long are attended to at once on a CPU; longer ones are worth skipping hidden blocks
 
@@ -87,7 +89,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: Layout, *, scaling: 
 
 
 def attend_ordered(rows: Layout, qkv: Sequence[Tensor], scaling: float | None, dropout: float,
-                    window: int | None) -> Tensor:
+                   window: int | None) -> Tensor:
     """`attend` on query, key and value (T, H, D) whose tokens lie in `rows.order`."""
     sizes = [bucket.tokens for bucket in rows.buckets]
     scaling = qkv[0].shape[-1] ** -0.5 if scaling is None else scaling
@@ -107,7 +109,7 @@ def _attend_bucket(bucket: Bucket, qkv: list[Tensor], scaling: float, dropout: f
     else:
         mask = None if window is None else _band(width, window, q.device)
         # torch's fused attention wants values as wide as keys, and would else hold all scores at once
-        wide = F.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
+        wide = F.pad(v, (0, q.shape[-1] - v.shape[-1])) if q.shape[-1] > v.shape[-1] else v
         out = F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, wide)), attn_mask=mask, is_causal=mask is None, scale=scaling,
             dropout_p=dropout, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)[..., :v.shape[-1]]
@@ -162,8 +164,15 @@ def _lean_experts(model: nn.Module) -> Iterator[None]:
 
 
 def supports_packing(model: nn.Module) -> bool:
-    """Whether the model is of a dense class whose packed forward, and decoding from slots, is known to be exact."""
+    """Whether the model is of a dense class whose packed forward is known to be exact."""
     return model.config.model_type in PACKED
+
+
+def is_steady(config: PretrainedConfig) -> bool:
+    """Whether rotary angles do not depend on the longest row of a batch (as they do with dynamic and longrope)."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]  # some classes have one for each layer
+    return all(kind.get("rope_type", "default") in STEADY for kind in kinds)
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -177,8 +186,12 @@ def hidden_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: S
 
     tokens, position (T,) int64; lengths B ints that add up to T → (T, D) in the model's dtype.
     With gradient_checkpointing the backward pass computes each layer again, from its input, which alone is kept.
+    ConfigError for rotary positions with which a row's states depend on the longest row beside it.
     """
     body = body_of(model)
+    if not is_steady(model.config):
+        raise ConfigError(f"{type(model).__name__}: its rope_type ties every row's positions to the longest row of the "
+                          f"batch; give a model whose config says one of {', '.join(sorted(STEADY))}")
     if model.config.model_type not in PACKED | STOCK_PACKED:
         return _padded(body, tokens, lengths)
     count = len(tokens)
@@ -207,12 +220,18 @@ def _round_up(tokens: Tensor, position: Tensor, lengths: Sequence[int]) -> tuple
 
 def _layer(body: nn.Module, layer: nn.Module, rows: Layout, position: Tensor, rotary: Tensor | tuple[Tensor, ...],
            x: Tensor) -> Tensor:
-    if supports_packing(body) and fits(x) and not (layer._forward_hooks or layer._forward_pre_hooks):
+    if supports_packing(body) and fits(x) and not _listened_to(layer):
         cos, sin = rotary
         return dense_layer(layer, x, (cos[0], sin[0]), partial(attend_ordered, rows))
     with attention(body, "tinyr2_packed"), _lean_experts(body):
         return layer(x[None], attention_mask=None, position_ids=position, past_key_values=None, use_cache=False,
                      position_embeddings=rotary, tinyr2_rows=rows)[0]
+
+
+def _listened_to(layer: nn.Module) -> bool:
+    """Whether someone hooked into calls that the layer's own forward would make, and ours does not."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+               for m in (layer, *layer.children(), *layer.self_attn.children(), *layer.mlp.children()))
 
 
 def _padded(body: nn.Module, tokens: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.core.files import free_bytes
 from tinyr2.models.load import context_length, pick_device, pick_dtype
-from tinyr2.models.packed import PACKED, STOCK_PACKED
+from tinyr2.models.packed import PACKED, STEADY, STOCK_PACKED, is_steady
 from tinyr2.recipes.build import UNFIT
 from tinyr2.recipes.check_data import Window, check_part, check_prompts_alike, held_out_overlap
 from tinyr2.recipes.findings import Finding, ModelFiles, Setup, fault_of
@@ -153,6 +153,10 @@ def check_model(model: ModelFiles) -> Iterator[Finding]:
     if model.config is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         yield Finding("fault", f"{model.key}.weights", f"{folder} holds no *.safetensors", "save the model there with "
                       "save_pretrained; weights in pickle files (*.bin) are not read")
+    if model.config is not None and not is_steady(model.config):
+        yield Finding("fault", f"{model.key}.rope", "its rope_type ties every row's positions to the longest row of a "
+                      "batch, so that no log-prob would be a row's own", "take a model whose config.json has one of "
+                      f"{', '.join(sorted(STEADY))} as rope_parameters.rope_type")
     packed = PACKED | STOCK_PACKED
     if model.config is not None and model.config.model_type not in packed:
         yield Finding("warn", f"{model.key}.packing", f"{model.config.model_type}: no exact packed forward is known "

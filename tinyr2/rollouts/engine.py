@@ -1,7 +1,7 @@
 """The engine: many requests, each with its own prompt, limit and random numbers, in one moving batch.
 
-In: requests. Out: one answer per request, in order. Finished rows leave, waiting ones enter; equal prompts are computed
-once. What a row draws depends on its own seed, never on the rows it travels with.
+In: requests. Out: one answer per request, in order. Finished rows leave, waiting ones enter; equal prompts side by side
+that enter together are computed once. What a row draws depends on its own seed, never on the rows it travels with.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tinyr2.core.rng import generator
 from tinyr2.models.decode import Decoder, supports_decoding
+from tinyr2.models.packed import is_steady
 from tinyr2.models.slots import send
 from tinyr2.rollouts import padded
 from tinyr2.rollouts.request import Answer, Ending, Request
@@ -31,11 +32,16 @@ def decode_all(model: nn.Module | Decoder, requests: Sequence[Request], sampling
     ending = stop if isinstance(stop, Ending) else Ending(ids=frozenset(stop))
     if isinstance(model, Decoder):
         model.check()
+        assert vocab in (None, model.vocab), f"vocab {vocab}, but the decoder was made for {model.vocab}"
         return _Engine(model, requests, sampling, ending).run(max_rows)
     if supports_decoding(model):
         return _Engine(Decoder(model, vocab=vocab), requests, sampling, ending).run(max_rows)
     warnings.warn(f"{type(model).__name__}: no decode copy is known for this class; decoding through the stock padded "
                   "forward, which is slower", stacklevel=2)
+    if not is_steady(model.config):
+        warnings.warn(f"{type(model).__name__}: its rotary positions depend on the longest row of a batch, so that it "
+                      "decodes one request at a time", stacklevel=2)
+        max_rows = 1
     return padded.decode_all(model, requests, sampling, ending=ending, vocab=vocab, max_rows=max_rows)
 
 
