@@ -1,13 +1,15 @@
 """The decode copy: prefill and steps give the states of the whole forward, whatever came, went and moved in between."""
 
+import peft
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models.test_packed import CLASSES, SHAPE, make
-from tinyr2.core.errors import RunError
+from tinyr2.core.errors import ConfigError, RunError
 from tinyr2.models import decode
 from tinyr2.models.load import LoraConfig, add_lora
+from tinyr2.models.stamp import Stamp
 
 PROMPTS = [(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8, 9, 7, 9)]
 
@@ -134,6 +136,49 @@ def test_a_copy_notices_that_the_weights_have_changed_since():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(RunError, match="stale.*version 7"):
         decoder.check()
+
+
+def scaled(model):
+    for p in model.parameters():
+        p.mul_(2.0)
+
+
+@pytest.mark.parametrize("change", [
+    scaled, lambda m: m.to(torch.bfloat16), lambda m: m.disable_adapter_layers(), lambda m: m.merge_adapter(),
+    lambda m: m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True),
+    lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()})])
+@torch.no_grad()
+def test_a_stamp_sees_new_moved_and_written_weights_and_switched_adapters(change):
+    model = add_lora(make("qwen3"), LoraConfig(r=2), 0)
+    stamp = Stamp(model)
+    stamp.require(model, 3)
+    change(model)
+    with pytest.raises(RunError, match="stale.*version 3"):
+        stamp.require(model, 3)
+
+
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"lora_bias": True, "bias": "none"}])
+def test_adapters_that_do_more_than_add_to_a_weight_are_refused(option):
+    model = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+                                peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **option))
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        decode.Decoder(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_heads_and_biases_everywhere_are_copied(tied):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    slots = Slots(model)
+    states = slots.enter(PROMPTS, [1, 1, 1])
+    slots.compare(states, slots.rows)
+    slots.step([3, 4, 5])
+    expected = torch.stack([model(torch.tensor([p]), use_cache=False).logits[0, -1] for p in PROMPTS])
+    torch.testing.assert_close(slots.decoder.logits(states), expected.detach(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -9,6 +9,7 @@ from tests.rollouts.reference import decode as slow_decode
 from tinyr2.core.errors import RunError
 from tinyr2.models.decode import Decoder, supports_decoding
 from tinyr2.models.load import LoraConfig, add_lora
+from tinyr2.models.packed import hidden_states
 from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Request
 from tinyr2.rollouts.sampling import SamplingConfig
@@ -151,3 +152,22 @@ def test_rotary_positions_that_depend_on_the_longest_row_are_not_decoded_by_a_co
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     assert supports_decoding(make("v3"))
     assert not supports_decoding(make("v3", rope_parameters=rope))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_actor_sampled_is_what_the_learner_scores(name):
+    model = make(name)
+    requests = [Request(p, seed=i, max_new=20) for i, p in enumerate([(3, 1, 4), (1, 5), (9, 2, 6, 5, 3, 5, 8)] * 3)]
+    answers = decode_all(model, requests, SamplingConfig(), stop=())
+    rows = [torch.tensor([*r.prompt_ids, *a.response_ids]) for r, a in zip(requests, answers, strict=True)]
+    tokens, lengths = torch.cat(rows), [len(r) for r in rows]
+    with torch.no_grad():
+        states = hidden_states(model, tokens, torch.cat([torch.arange(n) for n in lengths]), lengths)
+        logp = model.lm_head(states).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+    start, gaps = 0, []
+    for row, request, answer in zip(rows, requests, answers, strict=True):
+        first = start + len(request.prompt_ids) - 1
+        gaps.append((logp[first:first + 20] - torch.tensor(answer.logp)).abs())
+        start += len(row)
+    assert float(torch.cat(gaps).max()) < 1e-4
+    assert float(torch.cat(gaps).mean()) < 1e-6

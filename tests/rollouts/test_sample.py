@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.rollouts.reference import decode as slow_decode
 from tests.train.tiny import qwen3
-from tinyr2.core.errors import DataError
+from tinyr2.core.errors import DataError, RunError
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Message, Problem
 from tinyr2.models.load import LoraConfig, add_lora
+from tinyr2.rollouts import sample as sample_module
 from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Request
 from tinyr2.rollouts.sample import Policy, sample
@@ -118,3 +120,30 @@ def test_a_problem_gets_the_same_answers_whatever_stands_beside_it_and_others_wh
     among = sample(policy(), [PROBLEMS[0], PROBLEMS[1], PROBLEMS[1]], n=2, sampling=SAMPLING, seed=5)
     assert [r.response_ids for r in alone] == [r.response_ids for r in among[2:4]]
     assert [r.response_ids for r in among[2:4]] != [r.response_ids for r in among[4:6]]
+
+
+def test_a_policy_without_a_decode_copy_knows_its_weights_too(monkeypatch):
+    monkeypatch.setattr(sample_module, "supports_decoding", lambda _: False)
+    writer = policy()
+    before = sample(writer, PROBLEMS, n=1, sampling=SAMPLING, seed=0)
+    assert texts(sample(writer, PROBLEMS, n=1, sampling=SAMPLING, seed=0)) == texts(before)
+    with torch.no_grad():
+        writer.model.lm_head.weight.add_(0.1)
+    with pytest.raises(RunError, match="stale.*version 7"):
+        sample(writer, PROBLEMS, n=1, sampling=SAMPLING, seed=0)
+
+
+def test_equal_problems_with_one_seed_draw_what_the_exact_distribution_says():
+    writer, n = policy(model=qwen3()), 20_000
+    sampling = SamplingConfig(max_completion_length=1)
+    drawn = [r.response_ids[0] for r in sample(writer, PROBLEMS[:1], n=n, sampling=sampling, seed=3, max_rows=n)]
+    ids = torch.tensor([render_prompt(TOKENIZER, PROBLEMS[0].messages)])
+    with torch.no_grad():
+        expected = n * writer.model(ids).logits[0, -1, :len(TOKENIZER)].double().softmax(-1)
+    counts = torch.tensor(drawn).bincount(minlength=len(TOKENIZER)).double()
+    kept = expected >= 5
+    seen, awaited = (torch.cat([x[kept], x[~kept].sum()[None]]) for x in (counts, expected))
+    seen, awaited = (x[awaited > 0] for x in (seen, awaited))
+    statistic = ((seen - awaited) ** 2 / awaited).sum()
+    chance = torch.special.gammaincc(torch.tensor((len(seen) - 1) / 2, dtype=torch.float64), statistic / 2)
+    assert 0.001 < float(chance) < 0.999

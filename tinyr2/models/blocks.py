@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tinyr2.core.errors import ConfigError
 from tinyr2.models.packed import Layout, attend
 from tinyr2.models.products import Packed, refill
 from tinyr2.models.slots import Fill, Step, Store
@@ -44,11 +45,17 @@ class Now:
 
 
 def weight_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, K) float32 and bias (N,) of a linear layer, its adapters merged."""
+    """Weight (N, K) float32 and bias (N,) of a linear layer, its adapters merged.
+
+    ConfigError for adapters that do more than add to the weight.
+    """
     base = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
     weight = base.weight.detach().float()
     if base is not linear and not linear.merged and not linear.disable_adapters:
         for name in linear.active_adapters:
+            if name in linear.lora_variant or linear.lora_bias.get(name):
+                raise ConfigError(f"adapter {name}: a variant of LoRA, or LoRA with a bias, cannot be merged into a "
+                                  "decode copy; merge it with peft first, or train plain LoRA")
             weight = weight + linear.get_delta_weight(name).detach().float()
     return weight, None if base.bias is None else base.bias.detach().float()
 

@@ -13,25 +13,23 @@ from functools import partial, wraps
 import torch
 from torch import Tensor, nn
 
-from tinyr2.core.errors import RunError
 from tinyr2.models.blocks import FeedForward, Form, GroupedAttention, Now, Prompts, floor_of, normalize, pack
 from tinyr2.models.logits import head_of
 from tinyr2.models.mla import LatentAttention
 from tinyr2.models.moe import Experts
-from tinyr2.models.packed import body_of, layout
+from tinyr2.models.packed import body_of, is_steady, layout
 from tinyr2.models.products import refill
 from tinyr2.models.replay import Capture, CudaGraphs, Replay
 from tinyr2.models.slots import UNKNOWN, SlotCache, Step, Store
+from tinyr2.models.stamp import Stamp
 
 DENSE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
-STEADY = frozenset({"default", "linear", "llama3", "yarn"})  # rotary angles that do not depend on what else is decoded
 
 
 def supports_decoding(model: nn.Module) -> bool:
     """Whether `Decoder` knows the model's class and its kind of rotary positions."""
-    config = model.config
-    return config.model_type in DENSE | LATENT and body_of(model).rotary_emb.rope_type in STEADY
+    return model.config.model_type in DENSE | LATENT and is_steady(model.config)
 
 
 def _quiet(method: Callable) -> Callable:
@@ -64,15 +62,18 @@ class Decoder:
         self._replay = self._replay_by(capture)
 
     @property
+    def vocab(self) -> int:
+        """The ids that it can draw."""
+        return self._head.shape[0]
+
+    @property
     def device(self) -> torch.device:
         """Where it writes."""
         return self._embedding.weight.device
 
     def check(self) -> None:
-        """RunError where a weight has changed since it was copied."""
-        if any(t._version != seen for t, seen in self._seen):
-            raise RunError(f"the decode copy of the weights is stale: they have changed since it was made, for version "
-                           f"{self.version}; make a new one after each optimizer step, or refresh this one")
+        """RunError where a weight has changed since it was copied, or an adapter was switched."""
+        self._stamp.require(self._model, self.version)
 
     @_quiet
     def refresh(self, version: int) -> None:
@@ -151,8 +152,7 @@ class Decoder:
         norm, head = body_of(self._model).norm, head_of(self._model, self._vocab)
         self._norm = refill(self._norm, norm.weight.detach().float() * norm.weight.numel() ** 0.5)
         self._head = pack(head.weight, head.bias, self.form, self._head)
-        watched = (*self._model.parameters(), *self._model.buffers())  # a router's bias is a buffer
-        self._seen = [(t, t._version) for t in watched]
+        self._stamp = Stamp(self._model)
 
     def _replay_by(self, capture: Capture | None) -> Replay | None:
         """None: each step is run. Said where it could be hoped for otherwise."""

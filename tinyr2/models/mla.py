@@ -98,7 +98,8 @@ class LatentAttention:
         value = values.unflatten(-1, (self.heads, self.value))
         # torch's fused attention wants keys and values of one size, and would else hold all scores at once
         size = max(query.shape[-1], self.value)
-        seen = (F.pad(t, (0, size - t.shape[-1])).transpose(0, 1)[None] for t in (query, key, value))
+        same = (t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1])) for t in (query, key, value))
+        seen = (t.transpose(0, 1)[None] for t in same)
         out = attend(*seen, prompts.rows, scaling=1.0)[0, ..., :self.value]
         return self.out(out.reshape(len(x), -1), add=x)
 

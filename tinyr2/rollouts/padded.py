@@ -38,8 +38,7 @@ def decode_all(model: nn.Module, requests: Sequence[Request], sampling: Sampling
 
 
 def _steps(model: nn.Module, batch: Sequence[Request], logits: Callable[[Tensor], Tensor],
-           sampling: SamplingConfig
-           ) -> Iterator[tuple[list[int], list[float]]]:
+           sampling: SamplingConfig) -> Iterator[tuple[list[int], list[float]]]:
     """Ids and log-probs that each row draws, step by step, without end."""
     device = next(model.parameters()).device
     tokens, mask = _pad_left([r.prompt_ids for r in batch], device)

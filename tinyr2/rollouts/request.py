@@ -17,6 +17,9 @@ class Request:
     seed: int  # of this row's random numbers
     max_new: int  # tokens, at least 1
 
+    def __post_init__(self):
+        assert self.prompt_ids and self.max_new > 0, f"{len(self.prompt_ids)} prompt tokens, {self.max_new} to write"
+
 
 @dataclass(frozen=True)
 class Answer:

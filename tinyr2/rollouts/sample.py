@@ -16,6 +16,7 @@ from tinyr2.core.errors import DataError, RunError
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Author, Problem, Rollout
 from tinyr2.models.decode import Decoder, supports_decoding
+from tinyr2.models.stamp import Stamp
 from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Ending, Request
 from tinyr2.rollouts.sampling import SamplingConfig
@@ -56,9 +57,11 @@ class Policy:
     def writer(self) -> nn.Module | Decoder:
         """What decodes: a copy of the weights as they are at the first call, or the model where no copy is known.
 
-        RunError where the copy has become a later version's.
+        RunError where the copy has become a later version's, or the model's weights have changed since.
         """
         found = self._writer
+        if not isinstance(found, Decoder):
+            self._stamp.require(found, self.version)
         if isinstance(found, Decoder) and found.version != self.version:
             raise RunError(f"the decode copy of the weights is that of version {found.version} by now, not of version "
                            f"{self.version}; write with the newest policy")
@@ -69,6 +72,10 @@ class Policy:
         if not supports_decoding(self.model):
             return self.model
         return self._copy() if self.resident is None else self.resident.at(self.version, self._copy)
+
+    @cached_property
+    def _stamp(self) -> Stamp:
+        return Stamp(self.model)
 
     def _copy(self) -> Decoder:
         return Decoder(self.model, vocab=self.vocab, dtype=self.dtype, exact=self.exact, version=self.version)
