@@ -80,3 +80,12 @@ def test_a_row_of_an_exact_product_has_the_same_bits_in_any_company(k, n):
     together = packed(x)
     for start, rows in ((0, 1), (77, 1), (5, 2), (9, 3), (8, 17), (1, 64)):
         assert torch.equal(packed(x[start:start + rows]), together[start:start + rows])
+
+
+@needs_onednn
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    x, weight, *_ = operands(2000, 64, 64)
+    out = products.linear(x, weight.requires_grad_()).square().sum()
+    first, = torch.autograd.grad(out, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()

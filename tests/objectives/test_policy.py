@@ -203,6 +203,7 @@ def test_importance_weights_by_hand():
     actor = torch.tensor([0.3, 0.4, 0.5, float("nan")]).log()
     assert truncated_importance(learner, actor, 2.0).tolist() == pytest.approx([2.0, 0.5, 1.0, 1.0])
     assert truncated_importance(learner, actor, 5.0).tolist() == pytest.approx([3.0, 0.5, 1.0, 1.0])
+    assert truncated_importance(learner, actor, 0.4).tolist() == pytest.approx([0.4, 0.4, 0.4, 1.0])
 
 
 def test_an_importance_weight_is_held_constant():

@@ -8,6 +8,7 @@ stay where they are: a call into oneDNN costs some 15 µs before it multiplies.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Multiplications (rows x K x N) from which on oneDNN is the faster one: 20 µs on either side, on two cores.
 WORTHWHILE = 2**21
@@ -60,6 +61,7 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat, states = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -43,5 +43,5 @@ def truncated_importance(learner_logp: Tensor, actor_logp: Tensor, cap: float) -
     For an actor that has the learner's weights and other numerics. Yao et al. 2025, "Your Efficient RL Framework
     Secretly Brings You Off-Policy RL Training", truncated importance sampling.
     """
-    log_ratio = (learner_logp - actor_logp).detach().nan_to_num(0.0)
-    return log_ratio.clamp(max=math.log(cap)).exp()
+    log_ratio = (learner_logp - actor_logp).detach()
+    return log_ratio.clamp(max=math.log(cap)).nan_to_num(0.0).exp()

@@ -39,7 +39,7 @@ DecodeDType = Literal["auto", "float32", "bfloat16"]  # auto: float32 on a CPU, 
 
 
 class StudentConfig(ModelConfig):
-    """The model that is trained; its weights are float32, and `train.bf16` says what its products are."""
+    """The model that is trained, its weights in float32 unless `dtype` says otherwise; `train.bf16` is for products."""
 
     dtype: HeldDType = "float32"
     lora: LoraConfig | None = None  # None: train all parameters
