@@ -340,8 +340,8 @@ def any_processor(monkeypatch):
 
 @pytest.mark.parametrize(("changes", "corrects"), [
     (["rollout.dtype=bfloat16"], True), (["train.bf16=true"], True),
-    (["train.bf16=true", "rollout.dtype=bfloat16"], False), (["student.dtype=bfloat16"], True)])
-def test_where_actor_and_learner_differ_in_precision_the_weights_are_reported(
+    (["train.bf16=true", "rollout.dtype=bfloat16"], True), (["student.dtype=bfloat16"], True), ([], False)])
+def test_where_actor_or_learner_rounds_to_bfloat16_the_weights_are_reported(
         changes, corrects, world, tmp_path, watched, any_processor):
     outcome = tiny.go(tiny.settings("distill", world, tmp_path / "run", *changes))
     asked = torch.bfloat16 if "rollout.dtype=bfloat16" in changes else torch.float32

@@ -50,7 +50,7 @@ class RolloutConfig(SamplingConfig):
     lmbda: float = Field(1.0, ge=0.0, le=1.0)  # share of prompts the student answers; the data's completions the rest
     max_rows: int = Field(256, ge=1)  # decoded side by side
     dtype: setup.DecodeDType = "auto"  # of the decode copy
-    importance_cap: float = Field(2.0, gt=0.0)  # of the weights that correct for a dtype that is not the learner's
+    importance_cap: float = Field(2.0, gt=0.0)  # of the weights that correct for bfloat16
 
     @model_validator(mode="after")
     def _untruncated(self) -> "RolloutConfig":
@@ -208,7 +208,9 @@ class Distillation:
 
     @property
     def _importance_cap(self) -> float | None:
-        return None if self.student.dtype == self.learner.dtype else self.config.rollout.importance_cap
+        # two bfloat16 sides round differently too: decode copy and learner add up in other orders
+        rounded = torch.bfloat16 in (self.student.dtype, self.learner.dtype)
+        return self.config.rollout.importance_cap if rounded else None
 
     def _student(self, version: int) -> Policy:
         """For one version of the weights, and as long as it writes: a decode copy is a second set of weights."""
