@@ -14,10 +14,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests.models.test_packed import SHAPE
 from tinyr2.models import dense, packed
 
-SHAPE = dict(vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=128)
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LENGTHS = [5, 23, 1, 9, 22, 9]
 MODELS = {

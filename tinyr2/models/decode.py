@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyr2.models.blocks import FeedForward, Form, GroupedAttention, Now, Prompts, floor_of, normalize, pack
-from tinyr2.models.logits import head_of
+from tinyr2.models.logits import bend, head_of
 from tinyr2.models.mla import LatentAttention
 from tinyr2.models.moe import Experts
 from tinyr2.models.packed import body_of, is_steady, layout
@@ -126,10 +126,7 @@ class Decoder:
     @_quiet
     def logits(self, states: Tensor) -> Tensor:
         """(n, D) → (n, V) float32, a fresh tensor."""
-        raw = self._head.wide(states)
-        if self._scale != 1.0:
-            raw.mul_(self._scale)
-        return raw if self._softcap is None else raw.div_(self._softcap).tanh_().mul_(self._softcap)
+        return bend(self._head.wide(states), self._scale, self._softcap)
 
     def _run(self, layers: list[list[Store]], tokens: Tensor, step: Step) -> Tensor:
         """(R,) → (R, D): a step, whose shapes and addresses follow from its arguments alone where it is captured."""

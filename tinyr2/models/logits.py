@@ -80,6 +80,11 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     torch.mm(hidden.to(seen), head.weight.to(seen).t(), out=logits, **wide)  # autocast leaves an `out` alone
     if head.bias is not None:
         logits.add_(head.bias.to(work))
-    if head.scale != 1.0:
-        logits.mul_(head.scale)
-    return logits if head.softcap is None else logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return bend(logits, head.scale, head.softcap)
+
+
+def bend(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What `Head` does to W h + b, in place: scale and softcap."""
+    if scale != 1.0:
+        raw.mul_(scale)
+    return raw if softcap is None else raw.div_(softcap).tanh_().mul_(softcap)
