@@ -35,7 +35,7 @@ from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.train.loss import LossConfig, count, token_distillation
 from tinyr2.train.optim import OptimConfig, make_optimizer
-from tinyr2.train.step import Learner, accumulate
+from tinyr2.train.step import Learner, Reading, accumulate
 
 QWEN_06B = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
             "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936, "tie_word_embeddings": True}
@@ -195,8 +195,8 @@ def step(sizes: Sizes, learner: Learner, teacher: Teacher, problems: list[Proble
     sampling = SamplingConfig(temperature=1.0, max_completion_length=sizes.new_tokens)
     with learner.autocast():
         rollouts = sample(policy, problems, n=1, sampling=sampling, seed=0, step=policy.version)
-    accumulate(learner, rollouts, lambda _: token_distillation(loss, count(rollouts)), divergence=loss.divergence,
-               teacher=teacher)
+    accumulate(learner, rollouts, lambda _: token_distillation(loss, count(rollouts)),
+               Reading(divergence=loss.divergence, teacher=teacher))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,11 @@ def test_targets_are_the_learned_tokens_themselves():
     assert batch().targets.tolist() == [12, 13, 23]
 
 
-@pytest.mark.parametrize("name", ["row", "on_policy", "actor_logp", "advantage", "reward", "teacher_hidden"])
+STREAMS = ["row", "on_policy", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values", "returns",
+           "learner_logp", "teacher_hidden"]
+
+
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_has_one_value_for_each_learned_token(name):
     value = torch.zeros(3, 8) if name == "teacher_hidden" else torch.zeros(3)
     assert getattr(batch(**{name: value}), name) is value
@@ -35,7 +39,7 @@ def test_a_stream_has_one_value_for_each_learned_token(name):
 
 def test_every_stream_is_among_those_that_are_checked():
     streams = {f.name for f in fields(Batch)} - {"tokens", "position", "lengths", "learn"}
-    assert streams == {"row", "on_policy", "actor_logp", "advantage", "reward", "teacher_hidden"}
+    assert streams == set(STREAMS)
 
 
 @pytest.mark.parametrize("change", [{"lengths": (3, 3)}, {"position": torch.arange(4)}])

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_a_resumed_state_is_the_checkpoints_and_later_rows_are_forgotten(tmp_pat
     with opened(tmp_path / "run") as run:
         model = qwen3()
         state = setup.restore(run, model, config, {"config": "a"}, resume=False)
-        assert setup.train_to_end(run, state, job_of(run, model, config), tokenizer) == "finished"
+        assert setup.train_to_end(run, state, job_of(run, model, config), partial(save_model, model, tokenizer)) == "finished"
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     stream = io.StringIO()
     with opened(tmp_path / "run", stream, resume=True) as run:
@@ -255,7 +256,7 @@ def test_final_is_the_last_model_or_the_best_one_and_not_there_before_the_end(tm
             state = setup.restore(run, model, config, {}, resume=False)
             job = job_of(run, model, config, evaluate=lambda step: {"eval_loss": 1.0},
                          keep_best=lambda run=run: run.commit("best", lambda f: save_model(best, tokenizer, f)))
-            assert setup.train_to_end(run, state, job, tokenizer) == "finished"
+            assert setup.train_to_end(run, state, job, partial(save_model, model, tokenizer)) == "finished"
             found = weights_hash(AutoModelForCausalLM.from_pretrained(run.folder / "final"))
             assert found == (expected or weights_hash(model))
 
@@ -267,5 +268,5 @@ def test_a_run_that_was_halted_has_no_final_model(tmp_path, tokenizer):
         job = Job(config=config, recorder=run, checkpoints=run.checkpoints,
                   compute=lambda step: StepResult(metrics={"loss": float("nan")}, num_tokens=0))
         state = setup.restore(run, model, config, {}, resume=False)
-        assert setup.train_to_end(run, state, job, tokenizer) == "halted"
+        assert setup.train_to_end(run, state, job, partial(save_model, model, tokenizer)) == "halted"
         assert not (run.folder / "final").exists()

@@ -10,7 +10,7 @@ from tinyr2.objectives.divergence import Divergence
 from tinyr2.teachers.local import hire
 from tinyr2.train import step
 from tinyr2.train.loss import LossConfig, count, importance, likelihood, sequence_distillation, token_distillation
-from tinyr2.train.step import Learner, accumulate
+from tinyr2.train.step import Learner, Reading, accumulate
 
 KINDS = ["nll", "reverse_kl", "forward_kl", "jsd", "sampled", "reinforce", "weighted_nll"]
 
@@ -33,9 +33,9 @@ def gradient(kind, rollouts, budget=1000, model=None, teacher=None, temperature=
             return sequence_distillation(loss, batch, counts, 0.5)
     model.zero_grad()
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
-    scores = accumulate(learner, rollouts, objective, temperature=temperature,
-                        divergence=loss.divergence if kind not in ("nll", "sampled") else None,
-                        teacher=None if kind == "nll" else teacher)
+    scores = accumulate(learner, rollouts, objective, Reading(
+        temperature=temperature, divergence=loss.divergence if kind not in ("nll", "sampled") else None,
+        teacher=None if kind == "nll" else teacher))
     return scores, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -135,7 +135,8 @@ def test_tokens_of_another_precision_are_weighted_one_by_one_however_they_are_pa
     loss = LossConfig(estimator=estimator)
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
     scores = accumulate(learner, rollouts, lambda batch: token_distillation(loss, counts, importance(batch, 1.5)),
-                        divergence=loss.divergence if estimator == "full" else None, teacher=hire(teacher, VOCAB))
+                        Reading(divergence=loss.divergence if estimator == "full" else None,
+                                teacher=hire(teacher, VOCAB)))
     total, seen = 0.0, []
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])

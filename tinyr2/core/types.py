@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tinyr2.core.errors import DataError
@@ -64,6 +65,12 @@ class Rollout:
     reward: float | None = None  # None: no grader looked, or it could not decide
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
     advantage: float | None = None  # the centred reward
+    # one value per learned token, in nats or in the reward's unit
+    old_logp: tuple[float, ...] | None = None  # by the learner's weights when the step began; None: actor_logp is
+    reference_logp: tuple[float, ...] | None = None
+    values: tuple[float, ...] | None = None  # what the critic expected before the token
+    returns: tuple[float, ...] | None = None  # what the critic should have expected
+    credit: tuple[float, ...] | None = None  # the token's own advantage, where it is not the whole answer's
     error: str | None = None  # why this rollout leaves the baseline and the loss
 
     def __post_init__(self):
@@ -71,6 +78,15 @@ class Rollout:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.response_ids):
                 raise DataError(f"{name}: {len(value)} values, {len(self.response_ids)} response tokens")
+        for name in ("old_logp", "reference_logp", "values", "returns", "credit"):
+            value = getattr(self, name)
+            if value is not None and len(value) != self.learned:
+                raise DataError(f"{name}: {len(value)} values, {self.learned} learned tokens")
+
+    @property
+    def learned(self) -> int:
+        """How many of the response tokens are learned."""
+        return len(self.response_ids) if self.learn_mask is None else sum(self.learn_mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +104,13 @@ class Batch:
     row: Tensor  # (N,) int64, the rollout each learned token belongs to
     on_policy: Tensor  # (N,) bool, the student wrote the token
     actor_logp: Tensor | None = None  # (N,) f32 nats; NaN where no policy of ours sampled the token
-    advantage: Tensor | None = None  # (N,) f32; the rollout's, on each of its tokens
+    advantage: Tensor | None = None  # (N,) f32; the token's credit, or the rollout's advantage on each of its tokens
     reward: Tensor | None = None  # (N,) f32; the rollout's, on each of its tokens
+    old_logp: Tensor | None = None  # (N,) f32 nats, before the step's first update
+    reference_logp: Tensor | None = None  # (N,) f32 nats
+    values: Tensor | None = None  # (N,) f32, the critic's before the step's first update
+    returns: Tensor | None = None  # (N,) f32, its targets
+    learner_logp: Tensor | None = None  # (N,) nats, detached, of the weights as they are; where it was asked for
     teacher_hidden: Tensor | None = None  # (N, D_teacher); the state that predicts each learned token
 
     def __post_init__(self):
@@ -103,6 +124,11 @@ class Batch:
         if sum(self.lengths) != len(self.tokens) or len(self.position) != len(self.tokens):
             raise DataError(f"lengths add up to {sum(self.lengths)}, tokens {len(self.tokens)}, "
                             f"positions {len(self.position)}")
+
+    @property
+    def learned(self) -> list[int]:
+        """(B,) learned tokens of each rollout."""
+        return torch.bincount(self.row, minlength=len(self.lengths)).tolist()
 
     @property
     def targets(self) -> Tensor:

@@ -13,19 +13,23 @@ from torch import Tensor
 from tinyr2.core.types import Batch, Rollout
 
 
-def split(rollouts: Sequence[Rollout], max_tokens: int) -> list[list[Rollout]]:
+def split(rollouts: Sequence[Rollout], max_tokens: int, *, keep_groups: bool = False) -> list[list[Rollout]]:
     """As few micro-batches of about equal size as hold the rollouts; longest first into the emptiest.
 
-    A rollout longer than `max_tokens` travels alone.
+    A rollout longer than `max_tokens` travels alone. With keep_groups, rollouts of one group travel together.
     """
     if not rollouts:
         return []
-    sizes = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    groups: dict[int, list[Rollout]] = {}
+    for i, r in enumerate(rollouts):
+        groups.setdefault(r.group if keep_groups else i, []).append(r)
+    units = list(groups.values())
+    sizes = [sum(len(r.prompt_ids) + len(r.response_ids) for r in unit) for unit in units]
     parts = max(1, -(-sum(sizes) // max_tokens))
     while True:
         bins = _balance(sizes, parts)
         if all(sum(sizes[i] for i in b) <= max_tokens or len(b) == 1 for b in bins):
-            return [[rollouts[i] for i in b] for b in bins if b]
+            return [[r for i in b for r in units[i]] for b in bins if b]
         parts += 1
 
 
@@ -63,9 +67,20 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Bat
         row=torch.tensor(row, dtype=torch.long, device=device),
         on_policy=_per_token([r.author == "student" for r in rollouts], row, device, torch.bool),
         actor_logp=_actor_logp(rollouts, device),
-        advantage=_optional([r.advantage for r in rollouts], row, device),
+        advantage=(_optional([r.advantage for r in rollouts], row, device)
+                   if all(r.credit is None for r in rollouts) else _stream(rollouts, "credit", device)),
         reward=_optional([r.reward for r in rollouts], row, device),
+        **{name: _stream(rollouts, name, device) for name in ("old_logp", "reference_logp", "values", "returns")},
     )
+
+
+def _stream(rollouts: Sequence[Rollout], name: str, device: torch.device | str) -> Tensor | None:
+    """(N,) f32 of what each rollout has for its learned tokens; None where none has, NaN where one lacks it."""
+    streams = [getattr(r, name) for r in rollouts]
+    if all(s is None for s in streams):
+        return None
+    values = [v for r, s in zip(rollouts, streams, strict=True) for v in s or (float("nan"),) * r.learned]
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _actor_logp(rollouts: Sequence[Rollout], device: torch.device | str) -> Tensor | None:

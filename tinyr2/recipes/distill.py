@@ -21,7 +21,7 @@ from tinyr2.core.types import Batch, Problem, Rollout
 from tinyr2.data.problems import DataConfig, draw
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
-from tinyr2.models.load import ModelConfig, load_model
+from tinyr2.models.load import ModelConfig, load_model, save_model
 from tinyr2.objectives.advantage import leave_one_out
 from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
@@ -37,7 +37,7 @@ from tinyr2.tokens.chat import fingerprint, render_example
 from tinyr2.train.loop import StepResult, TrainConfig
 from tinyr2.train.loss import LossConfig, Objective, count, importance, sequence_distillation, token_distillation
 from tinyr2.train.metrics import completion_metrics, reward_metrics, score_metrics
-from tinyr2.train.step import Learner, Scores, accumulate
+from tinyr2.train.step import Learner, Reading, Scores, accumulate
 
 
 class RolloutConfig(SamplingConfig):
@@ -160,8 +160,8 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     with open_run(config, "distill", console, total=config.train.max_steps, resume=resume, overwrite=overwrite,
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         state = setup.restore(run, model, config.train, _identity(config, inputs), resume)
-        return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,
-                               evaluates=bool(inputs.held_out))
+        return setup.carry_out(run, work, state, train_config=config.train, evaluates=bool(inputs.held_out),
+                               save=partial(save_model, model, inputs.tokenizer))
 
 
 @dataclass(frozen=True)
@@ -249,15 +249,14 @@ class Distillation:
             return token_distillation(loss, counts, weigh)
 
         divergence = loss.divergence if loss.estimator == "full" else None
-        return accumulate(self.learner, rollouts, objective, temperature=self.config.rollout.temperature,
-                          divergence=divergence, teacher=self.teacher)
+        return accumulate(self.learner, rollouts, objective, Reading(
+            temperature=self.config.rollout.temperature, divergence=divergence, teacher=self.teacher))
 
     @torch.no_grad()
     def _divergence(self, rollouts: Sequence[Rollout]) -> float:
         counts = count(rollouts)
-        scores = accumulate(self.learner, rollouts, lambda _: token_distillation(LossConfig(), counts),
-                            temperature=self.config.rollout.temperature, divergence=LossConfig().divergence,
-                            teacher=self.teacher)
+        scores = accumulate(self.learner, rollouts, lambda _: token_distillation(LossConfig(), counts), Reading(
+            temperature=self.config.rollout.temperature, divergence=LossConfig().divergence, teacher=self.teacher))
         return float(scores.divergence.mean())
 
 

@@ -24,7 +24,6 @@ from tinyr2.models.load import (
     context_length,
     load_model,
     pick_device,
-    save_model,
 )
 from tinyr2.recipes.run import Run
 from tinyr2.rollouts.sample import Policy, Resident
@@ -32,7 +31,7 @@ from tinyr2.tokens.chat import stop_ids
 from tinyr2.train import state as checkpoint
 from tinyr2.train.loop import Job, StepResult, TrainConfig
 from tinyr2.train.loop import run as train
-from tinyr2.train.optim import make_optimizer
+from tinyr2.train.optim import Offloaded, Optimizer, make_optimizer
 from tinyr2.train.step import Learner
 
 DecodeDType = Literal["auto", "float32", "bfloat16"]  # auto: float32 on a CPU, the learner's elsewhere
@@ -143,13 +142,14 @@ def code_fingerprint(files: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def restore(run: Run, model: nn.Module, train_config: TrainConfig, identity: dict[str, str],
-            resume: bool) -> checkpoint.TrainState:
+def restore(run: Run, model: nn.Module, train_config: TrainConfig, identity: dict[str, str], resume: bool,
+            optimizer: Optimizer | Offloaded | None = None) -> checkpoint.TrainState:
     """A fresh state, or that of the newest good checkpoint; the journals are cut back to it."""
     if train_config.deterministic:
         identity = {**identity, "torch": torch.__version__, "threads": str(torch.get_num_threads()),
                     "device": next(model.parameters()).device.type}
-    state = checkpoint.TrainState(model=model, optimizer=make_optimizer(model, train_config), identity=identity)
+    optimizer = make_optimizer(model, train_config) if optimizer is None else optimizer
+    state = checkpoint.TrainState(model=model, optimizer=optimizer, identity=identity)
     if resume:
         damaged: list[str] = []
         found = checkpoint.load(run.checkpoints, state, say=damaged.append)
@@ -178,26 +178,25 @@ def learner_of(model: nn.Module, vocab: int, device: torch.device, train_config:
                    gradient_checkpointing=train_config.gradient_checkpointing)
 
 
-def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, tokenizer: PreTrainedTokenizerBase,
-              train_config: TrainConfig, evaluates: bool) -> dict:
-    """Train from where `state` stands to the end, write the model and the report; returns what `--json` prints."""
+def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, train_config: TrainConfig, evaluates: bool,
+              save: Callable[[Path], None]) -> dict:
+    """Train from where `state` stands to the end, `save` the model and write the report; what `--json` prints."""
     job = Job(config=train_config, compute=work.step, recorder=run, checkpoints=run.checkpoints,
-              evaluate=work.evaluate if evaluates else None,
-              keep_best=lambda: run.commit("best", lambda folder: save_model(state.model, tokenizer, folder)))
-    ending = train_to_end(run, state, job, tokenizer)
+              evaluate=work.evaluate if evaluates else None, keep_best=lambda: run.commit("best", save))
+    ending = train_to_end(run, state, job, save)
     report = run.finish(ending)
     return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
             "model": str(run.folder / "final"), "report": str(report)}
 
 
-def train_to_end(run: Run, state: checkpoint.TrainState, job: Job, tokenizer: PreTrainedTokenizerBase) -> str:
+def train_to_end(run: Run, state: checkpoint.TrainState, job: Job, save: Callable[[Path], None]) -> str:
     """Train, write `final/`, and say how it ended."""
     ending = train(state, job)
     if ending == "finished":
         if job.config.load_best_model_at_end:
             run.commit("final", lambda folder: shutil.copytree(run.folder / "best", folder))
         else:
-            run.commit("final", lambda folder: save_model(state.model, tokenizer, folder))
+            run.commit("final", save)
     return ending
 
 

@@ -5,7 +5,7 @@ In: a config. Out: a run folder whose `final/` is the model as a plain Hugging F
 
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from tinyr2.core.types import Problem, Rollout
 from tinyr2.data.problems import DataConfig, draw
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
+from tinyr2.models.load import save_model
 from tinyr2.recipes import setup
 from tinyr2.recipes.distill import Inputs, checked_inputs, worked
 from tinyr2.recipes.findings import Part, Reader, Setup
@@ -79,8 +80,8 @@ def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite:
                  "model": setup.model_fingerprint(config.model.path)}
         state = setup.restore(run, model, config.train, facts, resume)
         work = FineTuning(config, inputs, setup.learner_of(model, inputs.vocab, device, config.train))
-        return setup.carry_out(run, work, state, tokenizer=inputs.tokenizer, train_config=config.train,
-                               evaluates=bool(inputs.held_out))
+        return setup.carry_out(run, work, state, train_config=config.train, evaluates=bool(inputs.held_out),
+                               save=partial(save_model, model, inputs.tokenizer))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tinyr2.core.rng import derive
 from tinyr2.core.types import Rollout
 from tinyr2.train import state as checkpoint
 from tinyr2.train.health import Alarm, HealthConfig, Monitor
-from tinyr2.train.optim import OptimConfig, clip, learning_rate
+from tinyr2.train.optim import Offloaded, OptimConfig, Optimizer, clip, learning_rate
 from tinyr2.train.step import Scores
 
 Ending = Literal["finished", "stopped", "halted"]
@@ -112,18 +112,13 @@ def _one_step(state: checkpoint.TrainState, job: Job, monitor: Monitor) -> list[
     torch.manual_seed(derive(config.seed, "torch", state.step))  # dropout's only source
     rate = learning_rate(config, state.step, config.max_steps)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
     state.optimizer.zero_grad()
     result = job.compute(state.step)
-    trained = [p for g in state.optimizer.param_groups for p in g["params"]]
-    norm = clip(trained, config.max_grad_norm)
-    if math.isfinite(norm) and math.isfinite(result.metrics["loss"]):
-        state.optimizer.step()  # a step that is not finite is skipped, and the monitor raises its alarm
-    state.optimizer.zero_grad()
+    norms = update(state.optimizer, config.max_grad_norm, result.metrics["loss"])
     state.step += 1
     state.num_tokens += result.num_tokens
-    row = {"step": state.step, **result.metrics, "grad_norm": norm, "learning_rate": rate,
-           "num_tokens": state.num_tokens}
+    row = {"step": state.step, **result.metrics, **norms, "learning_rate": rate, "num_tokens": state.num_tokens}
     trained_s = time.perf_counter() - start
     row |= _evaluate(state, job)
     alarms = monitor.check(state.step, row)
@@ -134,6 +129,23 @@ def _one_step(state: checkpoint.TrainState, job: Job, monitor: Monitor) -> list[
               "eval_s": time.perf_counter() - start - trained_s}
     job.recorder.record(row, timing, alarms)
     return alarms
+
+
+def update(optimizer: Optimizer | Offloaded, max_grad_norm: float, loss: float) -> dict[str, float]:
+    """Clip, step, and drop the gradients; returns the norms that they had.
+
+    Parameters whose group names a `part` (a critic, beside the policy) are clipped on their own. A step whose loss or
+    norm is not finite is skipped; the monitor raises its alarm.
+    """
+    parts: dict[str, list[torch.Tensor]] = {}
+    for group in optimizer.param_groups:
+        parts.setdefault(group.get("part", ""), []).extend(group["params"])
+    norms = {f"{part}/grad_norm" if part else "grad_norm": clip(params, max_grad_norm)
+             for part, params in parts.items()}
+    if all(map(math.isfinite, (loss, *norms.values()))):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norms
 
 
 def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:

@@ -148,8 +148,9 @@ class _OffloadedState(MutableMapping):
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer | Offloaded:
-    """Over the parameters that require gradients. Norms, biases and embeddings are not decayed."""
-    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    """Over the parameters that require gradients. Norms, biases, embeddings and heads are not decayed."""
+    ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
+            if m is not None for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and id(p) not in ends]
     others = [p for p in trained if p.ndim != 2 or id(p) in ends]

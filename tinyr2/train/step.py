@@ -1,15 +1,15 @@
 """One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.data.packing import pack, split
-from tinyr2.models.head import HeadResult, head_of, run
+from tinyr2.models.head import Head, HeadResult, TokenScores, head_of, run
 from tinyr2.models.packed import hidden_states
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.teachers.local import Teacher, consult
@@ -49,30 +49,80 @@ class Scores:
     loss: float
 
 
-def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callable[[Batch], Objective], *,
-               temperature: float = 1.0, divergence: Divergence | None = None,
-               teacher: Teacher | None = None) -> Scores:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the rollouts of a step are read, beside the objective."""
+
+    temperature: float = 1.0  # that sampled
+    divergence: Divergence | None = None
+    teacher: Teacher | None = None
+    score_first: bool = False  # fill `Batch.learner_logp`: for an objective that must know a whole answer's log-prob
+    keep_groups: bool = False  # rollouts of one group travel in one micro-batch
+    also: Callable[[Batch, Tensor], Tensor] | None = None  # one more loss, of the states (N, D) that predict the tokens
+
+
+def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callable[[Batch], Objective],
+               reading: Reading = Reading()) -> Scores:
     """Add the gradient of the step's loss to the parameters, micro-batch by micro-batch.
 
     Without rollouts (every one of a step may fail) the loss is 0, no parameter has a gradient, and no score is there.
     """
     head = head_of(learner.model, learner.vocab)
-    device = head.weight.device
-    parts: list[tuple[list[Rollout], Batch, HeadResult]] = []
-    for some in split(rollouts, learner.tokens_per_micro_batch):
-        batch = pack(some, device)
+    teacher, parts = reading.teacher, []
+    for some in split(rollouts, learner.tokens_per_micro_batch, keep_groups=reading.keep_groups):
+        batch = pack(some, head.weight.device)
         with learner.autocast():
             if teacher is not None:
                 batch = consult(teacher, batch)
-            states = hidden_states(learner.model, batch.tokens, batch.position, batch.lengths,
-                                   gradient_checkpointing=learner.gradient_checkpointing)[batch.learn - 1]
+            states = predicting(learner, batch)
             # the head as the sampler reads it, so that both compute log-probs in one precision
-            result = run(states, head, batch.targets, objective(batch), temperature=temperature, divergence=divergence,
-                         teacher_hidden=batch.teacher_hidden, teacher_head=teacher.head if teacher else None)
-        if result.loss.requires_grad:
-            result.loss.backward()
+            if reading.score_first:
+                batch = replace(batch, learner_logp=_logp(states, head, batch, reading.temperature))
+            result = run(states, head, batch.targets, objective(batch), temperature=reading.temperature,
+                         divergence=reading.divergence, teacher_hidden=batch.teacher_hidden,
+                         teacher_head=teacher.head if teacher else None)
+            loss = result.loss if reading.also is None else result.loss + reading.also(batch, states)
+        if loss.requires_grad:
+            loss.backward()
         parts.append((some, batch, result))
-    return _join(parts) if parts else _nothing(device)
+    return _join(parts) if parts else _nothing(head.weight.device)
+
+
+@torch.no_grad()
+def score(learner: Learner, rollouts: Sequence[Rollout], temperature: float = 1.0) -> list[tuple[float, ...]]:
+    """The log-probs (n,) in nats that the model gives to each rollout's learned tokens, rollout by rollout."""
+    head = head_of(learner.model, learner.vocab)
+    return per_rollout(learner, rollouts, lambda batch: _logp(predicting(learner, batch), head, batch, temperature))
+
+
+@torch.no_grad()
+def per_rollout(learner: Learner, rollouts: Sequence[Rollout],
+                measure: Callable[[Batch], Tensor]) -> list[tuple[float, ...]]:
+    """What `measure` finds for the learned tokens (N,) of each micro-batch, given back rollout by rollout."""
+    device = next(learner.model.parameters()).device
+    found: dict[int, tuple[float, ...]] = {}
+    for some in split(rollouts, learner.tokens_per_micro_batch):
+        batch = pack(some, device)
+        with learner.autocast():
+            values = measure(batch)
+        for r, part in zip(some, values.split(batch.learned), strict=True):
+            found[id(r)] = tuple(part.tolist())
+    return [found[id(r)] for r in rollouts]
+
+
+def predicting(learner: Learner, batch: Batch) -> Tensor:
+    """The states (N, D) that predict the learned tokens."""
+    return hidden_states(learner.model, batch.tokens, batch.position, batch.lengths,
+                         gradient_checkpointing=learner.gradient_checkpointing)[batch.learn - 1]
+
+
+@torch.no_grad()
+def _logp(states: Tensor, head: Head, batch: Batch, temperature: float) -> Tensor:
+    return run(states.detach(), head, batch.targets, _no_loss, temperature=temperature).learner_logp
+
+
+def _no_loss(scores: TokenScores) -> Tensor:
+    return scores.learner_logp.new_zeros(())
 
 
 def _join(parts: list[tuple[list[Rollout], Batch, HeadResult]]) -> Scores:
