@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyr2.rewards.answer import exact_answer, extract_answer, same_answer
+from tinyr2.rewards.answer import exact_answer, extract_answer, gold_answer, is_number, same_answer
 
 SHARED = Path(os.environ.get("TINYR2_SHARED", Path(__file__).parents[3] / "shared")) / "data"
 
@@ -96,3 +96,16 @@ def test_gsm8k_solutions_score_one_and_their_neighbors_zero():
     golds = [solution.rpartition("####")[2].strip() for solution in solutions]
     assert exact_answer(solutions, golds) == [1.0] * 200
     assert exact_answer(solutions, [f"1{gold}" for gold in golds]) == [0.0] * 200
+
+
+@pytest.mark.parametrize("gold", [
+    None, "", " ", "####", r"so \boxed{}", r"\boxed{\frac{1}{2}", "<answer>4", "The answer is",
+])
+def test_a_gold_answer_that_cannot_be_read_decides_nothing(gold):
+    assert gold_answer(gold) is None
+    assert exact_answer(["#### 4", "", "####", r"\boxed{}"], [gold] * 4) == [None] * 4
+
+
+def test_numbers_are_told_from_other_answers():
+    assert all(is_number(text) for text in ("4", "-1,000.50", "50%", r"\frac{1}{2}", "$5"))
+    assert not any(is_number(text) for text in ("1e3", "4 apples", "x", "", "1/0"))

@@ -162,3 +162,89 @@ def test_a_reward_has_exactly_one_source(raw):
 def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="two functions are called 'exact_answer'"):
         load_rewards([RewardConfig(name="exact_answer"), RewardConfig(name="exact_answer", weight=2)])
+
+
+def of_task(task, text="#### 4", **columns):
+    r = rollout(text, **columns)
+    return replace(r, problem=replace(r.problem, task=task))
+
+
+def test_a_reward_grades_the_rollouts_of_its_tasks_alone():
+    calls = []
+
+    def score(completions, answer, **columns):
+        calls.append(([c[0]["content"] for c in completions], answer, columns.get("level"), "size" in columns))
+        return [1.0] * len(completions)
+
+    rollouts = [of_task("a", "x", level=1), of_task("b", "y", size=2), of_task("c", "z"), of_task("a", "w")]
+    graded = grade(rollouts, [replace(function(score), tasks=("a", "c")), replace(EXACT, tasks=("b",), weight=0.5)])
+    assert calls == [(["x", "z", "w"], ["4", "4", "4"], [1, None, None], False)]
+    assert [r.reward_parts["score"] for r in graded] == [1.0, None, 1.0, 1.0]
+    assert [r.reward_parts["exact_answer"] for r in graded] == [None, 0.0, None, None]
+    assert [r.reward for r in graded] == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_a_function_without_rollouts_of_its_tasks_is_not_called():
+    graded = grade(TWO, [replace(function(lambda **k: 1 / 0), tasks=("other",))])
+    assert [(r.reward, r.reward_parts, r.error) for r in graded] == [(None, {"score": None}, None)] * 2
+
+
+@pytest.mark.parametrize("call", [lambda **k: 1 / 0, lambda **k: []])
+def test_a_function_that_fails_on_one_task_leaves_the_others_alone(call):
+    mine, other = grade([of_task("a"), of_task("b")], [EXACT, replace(function(call), tasks=("a",))])
+    assert mine.reward is None and mine.error.startswith("reward score: ")
+    assert (other.reward, other.error) == (1.0, None)
+
+
+def test_gamma_and_tasks_come_from_the_config():
+    reward = load_reward(RewardConfig(name="repetition", weight=0.1, gamma=0.99, tasks=("gsm8k",)))
+    assert (reward.name, reward.weight, reward.gamma, reward.tasks) == ("repetition", 0.1, 0.99, ("gsm8k",))
+    assert (EXACT.gamma, EXACT.tasks) == (1.0, None)
+
+
+@pytest.mark.parametrize(("raw", "said"), [
+    ({"gamma": 0}, "gamma: Input should be greater than 0"), ({"gamma": 1.01}, "gamma: Input should be less than"),
+    ({"tasks": []}, "tasks: "), ({"weight": math.nan}, "weight: "),
+    ({"name": "exact_anwser"}, "name: Input should be 'exact_answer', 'accuracy'"),
+])
+def test_settings_that_cannot_work_are_refused(raw, said):
+    with pytest.raises(ConfigError, match=said):
+        build(RewardConfig, {"name": "exact_answer", **raw}, "here")
+
+
+def test_a_user_s_function_takes_its_options_as_keywords(tmp_path):
+    path = written(tmp_path, "def score(completions, scale, shift=0.0, **kwargs):\n"
+                             "    return [scale * len(c[0]['content']) + shift for c in completions]\n")
+    reward = load_reward(RewardConfig(file=path, function="score", options={"scale": 2.0, "shift": 1}))
+    assert [r.reward for r in grade(TWO, [reward])] == [13.0, 13.0]
+    clash = grade([rollout("a", scale=3)], [reward])[0]
+    assert clash.reward is None and "multiple values for keyword argument 'scale'" in clash.error
+
+
+@pytest.mark.parametrize(("option", "said"), [
+    ("scael", r"score has no parameter for options\.scael; did you mean 'scale'\? it names scale"),
+    ("answer", r"no parameter for options\.answer; it names scale"),
+])
+def test_an_option_that_a_user_s_function_does_not_name_is_refused(option, said, tmp_path):
+    path = written(tmp_path, "def score(completions, answer, scale=1.0, **kwargs): ...\n")
+    with pytest.raises(ConfigError, match=said):
+        load_reward(RewardConfig(file=path, function="score", options={option: 2.0}))
+
+
+def test_length_rewards_take_the_rollouts_own_length():
+    rewards = load_rewards([RewardConfig(name="soft_overlong"), RewardConfig(name="exact_answer")],
+                           max_completion_length=2)
+    graded = grade([replace(TWO[0], response_ids=(1,)), TWO[0]], rewards)
+    assert [r.reward_parts for r in graded] == [{"soft_overlong": 0.0, "exact_answer": 1.0},
+                                                {"soft_overlong": -1.0, "exact_answer": 1.0}]
+
+
+def test_every_built_in_reward_can_be_called_as_trl_calls_it():
+    names = ("exact_answer", "accuracy", "think_format", "language", "cosine", "repetition", "soft_overlong",
+             "countdown")
+    rewards = load_rewards([RewardConfig(name=name) for name in names], max_completion_length=100)
+    graded = grade([rollout("<think>two</think> #### 4", numbers=[4], target=4)], rewards)[0]
+    assert graded.error is None
+    assert graded.reward_parts == {"exact_answer": 1.0, "accuracy": 1.0, "think_format": 1.0, "language": 1.0,
+                                   "cosine": pytest.approx(1.0, abs=1e-3), "repetition": 0.0, "soft_overlong": 0.0,
+                                   "countdown": 1.0}

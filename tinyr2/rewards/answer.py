@@ -27,18 +27,23 @@ def extract_answer(text: str) -> str | None:
     rest of the sentence after "answer is" or "answer:". The first kind that occurs decides: an empty or unfinished one
     is no answer, and nothing before it is taken instead.
     """
-    if boxes := list(_BOXED.finditer(text)):
-        found = _braced(text[boxes[-1].end():])
-    elif "<answer>" in text:
-        inside, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
-        found = inside if closed else ""
-    elif "####" in text:
-        found = text.rpartition("####")[2].strip(" \t").partition("\n")[0]
-    elif said := list(_SAID.finditer(text)):
-        found = _SENTENCE_END.split(text[said[-1].end():].strip().partition("\n")[0])[0].strip("* ")
-    else:
-        found = ""
-    return found.strip() or None
+    return (_marked(text) or "").strip() or None
+
+
+def gold_answer(gold: str | None) -> str | None:
+    """The answer that a gold text stands for: what it ends with where it is a worked solution, else all of it.
+
+    None where there is nothing to compare with: no text, or a solution whose answer is empty or unfinished.
+    """
+    if gold is None:
+        return None
+    found = _marked(gold)
+    return (gold if found is None else found).strip() or None
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion; of turns, the last one's."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -54,20 +59,39 @@ def same_answer(a: str, b: str) -> bool:
     return a == b if x is None or y is None else x == y
 
 
+def is_number(text: str) -> bool:
+    """Whether `same_answer` would compare the text as a number."""
+    return _value(_plain(text)) is not None
+
+
 def exact_answer(completions: Sequence[Completion], answer: Sequence[str | None], **kwargs) -> list[float | None]:
     """A reward function with TRL's signature: 1.0 where the completion's answer is the gold one, else 0.0.
 
     completions: texts, or lists of turns whose last is the answer. answer: gold answers; a worked solution counts as
     the answer that it ends with. None where there is no gold answer.
     """
+    golds = [gold_answer(gold) for gold in answer]
     return [None if gold is None else _score(completion, gold)
-            for completion, gold in zip(completions, answer, strict=True)]
+            for completion, gold in zip(completions, golds, strict=True)]
 
 
 def _score(completion: Completion, gold: str) -> float:
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
-    given = extract_answer(text)
-    return float(given is not None and same_answer(given, extract_answer(gold) or gold))
+    given = extract_answer(text_of(completion))
+    return float(given is not None and same_answer(given, gold))
+
+
+def _marked(text: str) -> str | None:
+    """What stands where a mark says the answer is; empty where it is unfinished, None where no mark occurs."""
+    if boxes := list(_BOXED.finditer(text)):
+        return _braced(text[boxes[-1].end():])
+    if "<answer>" in text:
+        inside, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
+        return inside if closed else ""
+    if "####" in text:
+        return text.rpartition("####")[2].strip(" \t").partition("\n")[0]
+    if said := list(_SAID.finditer(text)):
+        return _SENTENCE_END.split(text[said[-1].end():].strip().partition("\n")[0])[0].strip("* ")
+    return None
 
 
 def _braced(text: str) -> str:

@@ -15,49 +15,65 @@ from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from tinyr2.core.config import Config, nearest
 from tinyr2.core.errors import ConfigError
 from tinyr2.core.types import Rollout
-from tinyr2.rewards.answer import exact_answer
+from tinyr2.rewards.named import Name, make, read_options
+
+_PASSED = ("prompts", "completions", "completion_ids", "answer")  # what every reward function is given
 
 
 class RewardConfig(Config):
     """One reward: `name` for a built-in one, or `file` and `function` for the user's own."""
 
-    name: Literal["exact_answer"] | None = None
+    name: Name | None = None
     file: str | None = None  # a Python file
     function: str | None = None  # def function(prompts, completions, completion_ids, **columns) -> list[float | None]
     weight: float = Field(1.0, allow_inf_nan=False)
+    gamma: float = Field(1.0, gt=0.0, le=1.0)  # this reward's own discount, back over the tokens (2502.03373)
+    tasks: tuple[str, ...] | None = Field(None, min_length=1)  # whose rollouts it grades; null: all
+    options: dict[str, Any] = {}  # of the built-in reward; a user's function takes them as keyword arguments
 
     @model_validator(mode="after")
     def _one_source(self) -> "RewardConfig":
         if (self.name is None) != (self.file is not None and self.function is not None) or (
                 self.name is not None and (self.file or self.function)):
             raise ValueError("a reward is either `name: exact_answer`, or `file: my.py` with `function: score`")
+        if self.name is not None:
+            read_options(self.name, self.options)
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFunction:
-    """A function to grade with, what its part is called, and what its part weighs."""
+    """A function to grade with, what its part is called, what its part weighs, and whose rollouts it grades."""
 
     name: str
     weight: float
     call: Callable[..., Sequence[float | None]]
+    gamma: float = 1.0  # a token t steps before the last gets gamma**t of the reward
+    tasks: tuple[str, ...] | None = None  # None: all
 
 
-def load_reward(config: RewardConfig) -> RewardFunction:
+def load_reward(config: RewardConfig, *, max_completion_length: int | None = None) -> RewardFunction:
     """The function that `config` names; the user's file is run once.
 
-    ConfigError: no such file or function, a syntax error, an exception while the file is imported (with the line), or
-    a function that does not take what TRL passes.
+    max_completion_length, in tokens, is the `max_length` of a length reward whose options leave it out.
+    ConfigError: no such file or function, a syntax error, an exception while the file is imported (with the line), a
+    function that does not take what TRL passes, or options that it does not take.
     """
-    if config.name is not None:
-        return RewardFunction(name=config.name, weight=config.weight, call=exact_answer)
+    call = (_user_function(config) if config.name is None
+            else make(config.name, config.options, max_completion_length))
+    name = config.name or config.function
+    assert name is not None
+    return RewardFunction(name=name, weight=config.weight, call=call, gamma=config.gamma, tasks=config.tasks)
+
+
+def _user_function(config: RewardConfig) -> Callable[..., Sequence[float | None]]:
     assert config.file is not None and config.function is not None
     path = Path(config.file).expanduser()
     if not path.is_file():
@@ -71,12 +87,15 @@ def load_reward(config: RewardConfig) -> RewardFunction:
         raise ConfigError(f"rewards: {path}: no function {config.function!r}; {cure}it defines "
                           f"{', '.join(known) or 'none'}")
     _check_signature(call, f"{path}: {config.function}")
-    return RewardFunction(name=config.function, weight=config.weight, call=call)
+    _check_options(call, config.options, f"{path}: {config.function}")
+    options = config.options
+    return (lambda **columns: call(**columns, **options)) if options else call
 
 
-def load_rewards(configs: Sequence[RewardConfig]) -> list[RewardFunction]:
+def load_rewards(configs: Sequence[RewardConfig], *, max_completion_length: int | None = None
+                 ) -> list[RewardFunction]:
     """`load_reward` for each; ConfigError where two have one name, which their parts could not share."""
-    rewards = [load_reward(config) for config in configs]
+    rewards = [load_reward(config, max_completion_length=max_completion_length) for config in configs]
     names = [reward.name for reward in rewards]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -87,25 +106,29 @@ def load_rewards(configs: Sequence[RewardConfig]) -> list[RewardFunction]:
 def grade(rollouts: Sequence[Rollout], rewards: Sequence[RewardFunction]) -> list[Rollout]:
     """The rollouts with `reward_parts` by function name, and `reward`, the weighted sum of the parts that are not None.
 
-    Each function is called once, with all rollouts that carry no error yet: prompts and completions as lists of turns
-    (`[{"role": "assistant", "content": text}]`), completion_ids, answer, and every other column of the data (None
-    where a row lacks it). All parts None: reward None. A function that raises or returns the wrong number of rewards
-    fills `error` of all, a reward that is no finite number that of its rollout; then reward is None.
+    Each function is called once, with all rollouts of its tasks that carry no error yet: prompts and completions as
+    lists of turns (`[{"role": "assistant", "content": text}]`), completion_ids, answer, and every other column of
+    these rows' data (None where one lacks it). The part of a rollout of another task is None. All parts None: reward
+    None. A function that raises or returns the wrong number of rewards fills `error` of all that it was called with,
+    a reward that is no finite number that of its rollout; then reward is None.
     """
     graded = [i for i, rollout in enumerate(rollouts) if rollout.error is None]
     result = list(rollouts)
-    if not graded:
-        return result
-    columns = _columns([rollouts[i] for i in graded])
-    parts = {reward.name: _called(reward, columns, len(graded)) for reward in rewards}
-    for row, i in enumerate(graded):
-        given = {name: values[row] for name, values in parts.items()}
+    parts = {reward.name: _parts(reward, rollouts, graded) for reward in rewards}
+    for i in graded:
+        given = {name: values.get(i) for name, values in parts.items()}
         errors = [value for value in given.values() if isinstance(value, str)]
         scores = {name: None if isinstance(value, str) else value for name, value in given.items()}
         known = [reward.weight * scores[reward.name] for reward in rewards if scores[reward.name] is not None]
         result[i] = replace(rollouts[i], reward_parts=scores, error="; ".join(errors) or None,
                             reward=math.fsum(known) if known and not errors else None)
     return result
+
+
+def _parts(reward: RewardFunction, rollouts: Sequence[Rollout], graded: list[int]) -> dict[int, float | None | str]:
+    """By place: what the function says to the rollouts of its tasks; it is not called where there are none."""
+    own = [i for i in graded if reward.tasks is None or rollouts[i].problem.task in reward.tasks]
+    return dict(zip(own, _called(reward, _columns([rollouts[i] for i in own]), len(own)), strict=True)) if own else {}
 
 
 def _columns(rollouts: list[Rollout]) -> dict[str, list[Any]]:
@@ -184,3 +207,15 @@ def _check_signature(call: Callable[..., Any], where: str) -> None:
     if inspect.iscoroutinefunction(call) or inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ConfigError(f"rewards: {where} must be a plain function that takes any keyword; write it as "
                           f"def {where.rpartition(': ')[2]}(completions, **kwargs)")
+
+
+def _check_options(call: Callable[..., Any], options: dict[str, Any], where: str) -> None:
+    """Each option is a parameter that the function names: `**kwargs` would swallow a misspelt one."""
+    known = [p.name for p in inspect.signature(call).parameters.values()
+             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in _PASSED]
+    wrong = next((name for name in options if name not in known), None)
+    if wrong is not None:
+        hint = nearest(wrong, known)
+        cure = f"did you mean {hint!r}? " if hint else ""
+        raise ConfigError(f"rewards: {where} has no parameter for options.{wrong}; {cure}it names "
+                          f"{', '.join(known) or 'none'}")
