@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tinyr2.core.config import build
 from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.core.types import Message, Problem
+from tinyr2.data.countdown import Countdown, countdown
 from tinyr2.data.problems import DataConfig, draw, fingerprint, load_problems
 
 SHARED = Path(os.environ.get("TINYR2_SHARED", Path(__file__).parents[3] / "shared")) / "data"
@@ -192,6 +194,42 @@ def test_a_file_has_no_split(tmp_path):
 def test_a_misspelt_column_of_ours_names_its_neighbor():
     with pytest.raises(ConfigError, match="'promt' is no column of ours; did you mean 'prompt'"):
         build(DataConfig, {"path": "x.jsonl", "columns": {"promt": "question"}}, "here")
+
+
+def test_a_generated_task_stands_in_the_place_of_a_file():
+    config = build(DataConfig, {"task": "countdown", "limit": 5, "seed": 3, "options": {"numbers": 4},
+                                "split": "held_out", "system": "Be brief."}, "here")
+    problems = load_problems(config)
+    assert [p.id for p in problems] == [f"countdown:held_out:{i}" for i in range(5)]
+    assert {p.task for p in problems} == {"countdown"}
+    made = countdown(Countdown(numbers=4), "held_out", 5, 3)
+    assert [p.messages for p in problems] == [(Message("system", "Be brief."), *p.messages) for p in made]
+    assert [replace(p, id="", messages=()) for p in problems] == [replace(p, id="", messages=()) for p in made]
+    assert (config.source, config.files) == ("countdown", [])
+
+
+def test_a_task_without_a_limit_has_ten_thousand_problems():
+    assert len(load_problems(DataConfig(task="signed_sums", options={"digits": 4}))) == 10_000
+
+
+def test_a_path_is_its_own_source():
+    config = DataConfig(path="x.jsonl")
+    assert (config.source, config.files) == ("x.jsonl", ["x.jsonl"])
+
+
+@pytest.mark.parametrize(("raw", "said"), [
+    ({}, "data has either a path or a task; give one of the two"),
+    ({"path": "x.jsonl", "task": "countdown"}, "data has either a path or a task; give one of the two"),
+    ({"path": "x.jsonl", "seed": 1, "options": {"a": 1}}, "a path takes no seed and no options; leave it out"),
+    ({"task": "countdown", "columns": {"prompt": "a"}}, "a task takes no columns; leave it out"),
+    ({"task": "countdown", "name": "main", "answer_after": "#"}, "a task takes no name and no answer_after"),
+    ({"task": "countdown", "split": "test"}, "split 'test': a task has the splits train and held_out"),
+    ({"task": "countdwn"}, "'countdwn' is no task; did you mean 'countdown'"),
+    ({"task": "countdown", "options": {"numbrs": 4}}, "numbrs: unknown key; did you mean 'numbers'"),
+])
+def test_a_path_and_a_task_do_not_mix(raw, said):
+    with pytest.raises(ConfigError, match=said):
+        build(DataConfig, raw, "here")
 
 
 @settings(max_examples=50, deadline=None)

@@ -66,6 +66,7 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Bat
         learn=torch.tensor(learn, dtype=torch.long, device=device),
         row=torch.tensor(row, dtype=torch.long, device=device),
         on_policy=_per_token([r.author == "student" for r in rollouts], row, device, torch.bool),
+        right=_per_token([r.right is True for r in rollouts], row, device, torch.bool),
         actor_logp=_actor_logp(rollouts, device),
         advantage=(_optional([r.advantage for r in rollouts], row, device)
                    if all(r.credit is None for r in rollouts) else _stream(rollouts, "credit", device)),

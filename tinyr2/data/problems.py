@@ -1,43 +1,46 @@
-"""Problems from files and hub datasets, and which of them a step gets.
+"""Problems from files, hub datasets and generated tasks, and which of them a step gets.
 
-In: a `DataConfig` naming a JSONL file, a parquet file or a hub dataset in one of TRL's layouts. Out: `Problem`s with
-raw chat turns; a DataError names the file, the line and the cure. `draw` deals them out, epoch after epoch.
+In: a `DataConfig` naming a JSONL file, a parquet file or a hub dataset in one of TRL's layouts, or a task that is
+generated. Out: `Problem`s with raw chat turns; a DataError names the file, the line and the cure. `draw` deals them
+out, epoch after epoch.
 """
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pyarrow
-import pyarrow.parquet
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from tinyr2.core.config import Config, nearest
-from tinyr2.core.errors import ConfigError, DataError
+from tinyr2.core.errors import DataError
 from tinyr2.core.rng import permutation
 from tinyr2.core.types import Message, Problem
+from tinyr2.data.generate import SPLITS, check_task, generate
+from tinyr2.data.rows import Row, open_rows
 
 OURS = ("prompt", "completion", "messages", "answer", "solution")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+GENERATED = 10_000  # problems of a generated task where the config has no limit
+T = TypeVar("T")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-
-Row = dict[str, Any]
 
 
 class DataConfig(Config):
-    """Which rows, and what their columns mean.
+    """Which rows, and what their columns mean; or which generated task.
 
     GSM8K: path: openai/gsm8k, name: main, columns: {prompt: question, completion: answer}, answer_after: "####".
+    Countdown: task: countdown, limit: 2000, options: {numbers: 4}; and to measure by, split: held_out.
     """
 
-    path: str  # a .jsonl or .parquet file, or a hub id
+    path: str | None = None  # a .jsonl or .parquet file, or a hub id
+    task: str | None = None  # in its place: signed_sums, countdown or reasoning_gym/<name>
+    seed: int = 0  # of a task
+    options: dict[str, Any] = {}  # of a task: how hard it is
     name: str | None = None  # a hub dataset's configuration
-    split: str = "train"  # a hub dataset's split
-    limit: int | None = Field(None, ge=1)  # the first rows only
+    split: str = "train"  # a hub dataset's split; a task has train and held_out, which share no problem
+    limit: int | None = Field(None, ge=1)  # the first rows only; of a task, how many there are (10,000 if null)
     columns: dict[str, str] = {}  # ours -> the data's
     answer_after: str | None = Field(None, min_length=1)  # the gold answer follows this marker in the answer column
     system: str | None = Field(None, min_length=1)  # a system turn put before every prompt
@@ -53,16 +56,48 @@ class DataConfig(Config):
                                  f"{', '.join(OURS)}")
         return columns
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.path is None) == (self.task is None):
+            raise ValueError("data has either a path or a task; give one of the two")
+        if self.task is None:
+            foreign = [k for k in ("seed", "options") if getattr(self, k) != type(self).model_fields[k].default]
+            if foreign:
+                raise ValueError(f"a path takes no {' and no '.join(foreign)}; leave it out, or give a task")
+            return self
+        foreign = [k for k in ("name", "columns", "answer_after") if getattr(self, k)]
+        if foreign:
+            raise ValueError(f"a task takes no {' and no '.join(foreign)}; leave it out, or give a path")
+        if self.split not in SPLITS:
+            raise ValueError(f"split {self.split!r}: a task has the splits {' and '.join(SPLITS)}; take one of them")
+        check_task(self.task, self.options)
+        return self
+
+    @property
+    def source(self) -> str:
+        """The path, or the task's name: what messages call it."""
+        return self.path or self.task
+
+    @property
+    def files(self) -> list[str]:
+        """What is read: the path, or nothing where the problems are generated."""
+        return [] if self.path is None else [self.path]
+
 
 def load_problems(config: DataConfig) -> list[Problem]:
     """Every row as a Problem, in the data's order; the id is `<file stem or hub id:split>:<row>`, counted from 0.
+
+    Those of a task have ids `<task>:<split>:<number>` and follow from split, options and seed; a longer limit adds to
+    the end. ConfigError where the task has fewer than the limit.
 
     Layouts: `prompt`; `prompt` and `completion` (text, which becomes a user or assistant turn, or turns); `messages`,
     whose last turn, if an assistant's, is the completion. `answer`, or else `solution`, is the gold answer; a blank
     one is None. All other columns go to `Problem.columns`. DataError: missing file, malformed line, missing column,
     wrong type, empty content, a prompt that does not end with a user turn, no rows.
     """
-    name, rows = _open(config)
+    if config.task is not None:
+        return _generated(config)
+    name, rows = open_rows(config.path, config.name, config.split)
     task = name.removesuffix(f":{config.split}")
     problems = [_problem(config, row, where, f"{name}:{i}", task)
                 for i, (where, row) in enumerate(islice(rows, config.limit))]
@@ -71,7 +106,7 @@ def load_problems(config: DataConfig) -> list[Problem]:
     return problems
 
 
-def draw(problems: Sequence[Problem], n: int, step: int, seed: int) -> list[Problem]:
+def draw(problems: Sequence[T], n: int, step: int, seed: int) -> list[T]:
     """The `n` problems of step `step`, counted from 0.
 
     The steps cut one endless stream: epoch after epoch, each an order of its own that depends on `seed` and the epoch
@@ -98,63 +133,11 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     return digest.hexdigest()
 
 
-def _open(config: DataConfig) -> tuple[str, Iterator[tuple[str, Row]]]:
-    """What the ids begin with, and (where, row) for each row."""
-    path = Path(config.path).expanduser()
-    if path.suffix in (".jsonl", ".parquet"):
-        if config.split != "train" or config.name is not None:
-            raise ConfigError(f"{path}: a file has no splits and no configurations; leave out split and name, or give "
-                              f"the file of the split {config.split!r}")
-        if not path.is_file():
-            hint = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-            cure = f"did you mean {hint}? " if hint else ""
-            raise DataError(f"{path}: no such file; {cure}looked in {path.absolute().parent}")
-        return path.stem, _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
-    if path.exists() or not _HUB_ID.fullmatch(config.path):
-        raise DataError(f"{path}: data is a .jsonl or .parquet file, or a hub id such as openai/gsm8k; convert it to "
-                        f"one JSON object per line and name it .jsonl")
-    return f"{config.path}:{config.split}", _hub(config)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno}); write one JSON object "
-                                f"per line") from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a {type(row).__name__}; write one JSON object per line")
-            yield where, row
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{path}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}; write it again") from error
-
-
-def _hub(config: DataConfig) -> Iterator[tuple[str, Row]]:
-    import datasets  # half a second, which a run on local files does without
-
-    try:
-        rows = datasets.load_dataset(config.path, config.name, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{config.path}: no hub dataset that can be loaded (name {config.name}, split {config.split}): "
-                        f"{reason}; check the spelling and the network, or give a local .jsonl or .parquet file"
-                        ) from error
-    for number, row in enumerate(rows):
-        yield f"{config.path}, split {config.split}, row {number}", row
+def _generated(config: DataConfig) -> list[Problem]:
+    system = (Message("system", config.system),) if config.system is not None else ()
+    problems = generate(config.task, config.options, config.split, config.limit or GENERATED, config.seed)
+    return [replace(p, id=f"{config.task}:{config.split}:{i}", messages=(*system, *p.messages))
+            for i, p in enumerate(problems)]
 
 
 def _problem(config: DataConfig, row: Row, where: str, ident: str, task: str) -> Problem:

@@ -24,6 +24,11 @@ HELD_OUT_SHARE = 8  # one canonical problem in eight is held out
 CARRY = {-2: "c", -1: "b", 0: "0", 1: "1", 2: "2"}
 
 
+def split_of(canonical: str) -> Split:
+    """Which side a problem is on, by a hash of its canonical form alone: no seed and no difficulty moves it."""
+    return "held_out" if derive(0, "split", canonical) % HELD_OUT_SHARE == 0 else "train"
+
+
 class SignedSums(Config):
     """How hard: sums of 2 … terms numbers of 1 … digits digits, the first positive, the result never negative."""
 
@@ -55,8 +60,8 @@ class Sum:
 
     @property
     def split(self) -> Split:
-        """Which side it is on, by a hash of its canonical form alone: no seed and no difficulty moves it."""
-        return "held_out" if derive(0, "split", self.canonical) % HELD_OUT_SHARE == 0 else "train"
+        """Which side it is on, however it is ordered."""
+        return split_of(self.canonical)
 
     @property
     def solution(self) -> str:
