@@ -77,10 +77,15 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """The causal LM on `device`, in eval mode; DataError where its weights are damaged or not what its config says."""
+    return load_as(AutoModelForCausalLM, config, device)
+
+
+def load_as(kind: type, config: ModelConfig, device: torch.device) -> nn.Module:
+    """`load_model` for another of transformers' Auto classes, whose every weight the folder must hold."""
     load_config(config)
     try:
         with _no_bars():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = kind.from_pretrained(
                 _check_folder(config), revision=config.revision, dtype=pick_dtype(config.dtype, device),
                 use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: a tensor of another shape
