@@ -217,6 +217,46 @@ def distill(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fa
     _train("distill", config, overrides, resume=resume, overwrite=overwrite, json=json)
 
 
+@app.command()
+def reinforce(config: ConfigFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False,
+              json: Json = False) -> None:
+    """Reinforce a model: it writes, rewards judge.
+
+    `algorithm` names a point among the choices of baseline, scale, clip, aggregation, KL and critic: ppo, orz, vapo,
+    grpo, r1_zero, dr_grpo, dapo, gspo, rloo, reinforce_pp, reinforce_pp_baseline. `dpo` learns from pairs, and `rm`
+    trains a reward model on them.
+
+    \b
+    Example:
+      tinyr2 reinforce examples/reinforce.yaml algorithm=dapo output_dir=runs/dapo
+    """
+    _train("reinforce", config, overrides, resume=resume, overwrite=overwrite, json=json)
+
+
+@app.command()
+def pipeline(config: ConfigFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False,
+             json: Json = False) -> None:
+    """Run several stages, each handing its model to the next.
+
+    A stage that finished is not run again, and one that was stopped goes on from its checkpoint. Every stage writes
+    its own report; the last page compares all models.
+
+    \b
+    Example:
+      tinyr2 pipeline examples/pipelines/r1.yaml output_dir=runs/r1
+    """
+    from tinyr2.core import config as configs
+    from tinyr2.recipes.pipeline import PipelineConfig
+    from tinyr2.recipes.pipeline import pipeline as recipe
+
+    settings = configs.load(PipelineConfig, config, overrides or ())
+    with _console(json) as console:
+        result = recipe(settings, console, _recipes(), resume=resume, overwrite=overwrite)
+        console.result(result)
+    if result["ending"] == "halted":
+        raise typer.Exit(HALTED)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face model folder or hub name.")],
@@ -358,16 +398,21 @@ app.add_typer(runs_app, name="runs")
 
 def _recipes() -> Mapping[str, tuple[type[Config], Callable[..., dict]]]:
     """The training verbs: their config and their function."""
-    from tinyr2.recipes import distill, sft
+    from tinyr2.recipes import distill, dpo, reinforce, rm, sft
 
-    return {"sft": (sft.SftConfig, sft.sft), "distill": (distill.DistillConfig, distill.distill)}
+    return {"sft": (sft.SftConfig, sft.sft), "distill": (distill.DistillConfig, distill.distill),
+            "reinforce": (reinforce.ReinforceConfig, reinforce.reinforce),
+            "dpo": (dpo.DpoConfig, dpo.dpo), "rm": (rm.RewardModelConfig, rm.rm)}
 
 
 def _train(verb: str, config: Path, overrides: list[str] | None, *, resume: bool, overwrite: bool, json: bool) -> None:
     from tinyr2.core import config as configs
 
+    raw = configs.read(config, overrides or ())
+    if verb == "reinforce" and raw.get("algorithm") in ("dpo", "rm"):  # which learn from pairs, not from rewards
+        verb = raw["algorithm"]
     config_class, recipe = _recipes()[verb]
-    settings = configs.load(config_class, config, overrides or ())
+    settings = configs.build(config_class, raw, str(config))
     with _console(json) as console:
         _end(recipe(settings, console, resume=resume, overwrite=overwrite), console)
 

@@ -17,7 +17,8 @@ def batch(**changes) -> Batch:
     """Packed "q a e" and "q e", as the docstring has it."""
     row = {"tokens": torch.tensor([11, 12, 13, 21, 23]), "position": torch.tensor([0, 1, 2, 0, 1]), "lengths": (3, 2),
            "learn": torch.tensor([1, 2, 4]), "row": torch.tensor([0, 0, 1]),
-           "on_policy": torch.tensor([True, True, False])}
+           "on_policy": torch.tensor([True, True, False]),
+           "right": torch.tensor([True, True, False])}
     return Batch(**row | changes)
 
 
@@ -25,7 +26,7 @@ def test_targets_are_the_learned_tokens_themselves():
     assert batch().targets.tolist() == [12, 13, 23]
 
 
-STREAMS = ["row", "on_policy", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values", "returns",
+STREAMS = ["row", "on_policy", "right", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values", "returns",
            "learner_logp", "teacher_hidden"]
 
 

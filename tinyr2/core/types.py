@@ -64,6 +64,7 @@ class Rollout:
     text: str | None = None  # the response without special tokens
     reward: float | None = None  # None: no grader looked, or it could not decide
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
+    right: bool | None = None  # what the verdict, one of the rewards, says; None: undecided, or nobody asked
     advantage: float | None = None  # the centred reward
     # one value per learned token, in nats or in the reward's unit
     old_logp: tuple[float, ...] | None = None  # by the learner's weights when the step began; None: actor_logp is
@@ -103,6 +104,7 @@ class Batch:
     learn: Tensor  # (N,) int64, indices into T; never the first token of a rollout
     row: Tensor  # (N,) int64, the rollout each learned token belongs to
     on_policy: Tensor  # (N,) bool, the student wrote the token
+    right: Tensor  # (N,) bool, the token's answer is known to be right
     actor_logp: Tensor | None = None  # (N,) f32 nats; NaN where no policy of ours sampled the token
     advantage: Tensor | None = None  # (N,) f32; the token's credit, or the rollout's advantage on each of its tokens
     reward: Tensor | None = None  # (N,) f32; the rollout's, on each of its tokens

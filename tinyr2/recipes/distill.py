@@ -31,7 +31,6 @@ from tinyr2.recipes.show import completions_of
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import RewardConfig, RewardFunction, grade, load_rewards
 from tinyr2.rollouts.sample import Policy, sample
-from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.tokens.chat import fingerprint, render_example
 from tinyr2.train.loop import StepResult, TrainConfig
@@ -40,24 +39,13 @@ from tinyr2.train.metrics import completion_metrics, reward_metrics, score_metri
 from tinyr2.train.step import Learner, Reading, Scores, accumulate
 
 
-class RolloutConfig(SamplingConfig):
-    """What a training step writes. It samples from the whole distribution: what is scored must be what was drawn."""
+class RolloutConfig(setup.WritingConfig):
+    """Who answers how many of a step's prompts."""
 
-    temperature: float = Field(1.0, gt=0.0)
-    prompts_per_step: int = Field(16, ge=1)
     num_generations: int = Field(1, ge=0)  # by the student, per prompt
     num_teacher_generations: int = Field(0, ge=0)  # by the teacher, per prompt; for reward_loss: weighted_nll
     lmbda: float = Field(1.0, ge=0.0, le=1.0)  # share of prompts the student answers; the data's completions the rest
-    max_rows: int = Field(256, ge=1)  # decoded side by side
-    dtype: setup.DecodeDType = "auto"  # of the decode copy
     importance_cap: float = Field(2.0, gt=0.0)  # of the weights that correct for bfloat16
-
-    @model_validator(mode="after")
-    def _untruncated(self) -> "RolloutConfig":
-        if self.truncates:
-            raise ValueError("training samples from the whole distribution: top_p must be 1, top_k 0, min_p 0 "
-                             "(truncation is for eval)")
-        return self
 
 
 class DistillConfig(Config):
@@ -123,13 +111,13 @@ def read_setup(config: DistillConfig) -> Setup:
     rewards = reader.read("rewards", lambda: load_rewards(config.rewards)) or []
     compares = bool(config.rewards) and all(r.name is not None for r in config.rewards)
     parts = [Part(
-        key="data", path=config.data.path, problems=reader.problems("data", config.data),
+        key="data", path=config.data.source, problems=reader.problems("data", config.data),
         completions="needed" if config.rollout.lmbda < 1 else "ignored",
         answer_limit=("rollout.max_completion_length", config.rollout.max_completion_length),
         needs_answers=compares and config.loss.level == "sequence")]
     if config.eval_data is not None:
         parts.append(Part(
-            key="eval_data", path=config.eval_data.path, problems=reader.problems("eval_data", config.eval_data),
+            key="eval_data", path=config.eval_data.source, problems=reader.problems("eval_data", config.eval_data),
             answer_limit=("eval.max_completion_length", config.eval.max_completion_length), needs_answers=compares,
             wanted=config.eval.num_problems if config.rewards else None))
     return Setup(student=student, teacher=teacher, parts=tuple(parts), rewards=tuple(rewards), train=config.train,
@@ -148,7 +136,8 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     if overwrite:
-        refuse_own_input(Path(config.output_dir), [config.student.path, config.teacher.path, config.data.path])
+        refuse_own_input(Path(config.output_dir), [config.student.path, config.teacher.path,
+                                                    *config.data.files])
     inputs = checked_inputs(read_setup(config), console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind

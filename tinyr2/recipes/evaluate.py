@@ -43,12 +43,12 @@ def evaluate_model(config: EvaluateConfig, console: Console, *, out: Path | None
     rewards = load_rewards(config.rewards)
     size = settings.get_text_config().vocab_size
     vocab = shared_vocabulary(size, size, tokenizer)
-    console.note(f"{config.model.path} on {config.data.path}, {len(problems):,} problems, {device}")
+    console.note(f"{config.model.path} on {config.data.source}, {len(problems):,} problems, {device}")
     model = load_model(config.model, device)
     result = evaluate(policy_of(model, tokenizer, vocab), problems, rewards, config.eval)
-    row = {"model": config.model.path, "data": config.data.path, "params": count_parameters(model)[0],
+    row = {"model": config.model.path, "data": config.data.source, "params": count_parameters(model)[0],
            **result.to_dict()}
-    console.table(result_table(_rows(result), title=f"{config.model.path} on {config.data.path}"))
+    console.table(result_table(_rows(result), title=f"{config.model.path} on {config.data.source}"))
     console.note(_remarks(result))
     for error in result.errors:
         console.note(f"not graded: {error}")
@@ -62,7 +62,7 @@ def _check_answers(config: EvaluateConfig, problems: list) -> None:
     """Without one gold answer, exact_answer can decide nothing: say so before any compute."""
     only = all(reward.name == "exact_answer" for reward in config.rewards)
     if only and all(p.answer is None for p in problems):
-        raise DataError(f"{config.data.path}: no row has an answer to compare with; name the column with --column "
+        raise DataError(f"{config.data.source}: no row has an answer to compare with; name the column with --column "
                         "answer=theirs, or grade with a function of your own: --reward file.py:function")
 
 

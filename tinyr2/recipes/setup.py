@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from tinyr2.models.load import (
 )
 from tinyr2.recipes.run import Run
 from tinyr2.rollouts.sample import Policy, Resident
+from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.tokens.chat import stop_ids
 from tinyr2.train import state as checkpoint
 from tinyr2.train.loop import Job, StepResult, TrainConfig
@@ -42,6 +44,22 @@ class StudentConfig(ModelConfig):
 
     dtype: HeldDType = "float32"
     lora: LoraConfig | None = None  # None: train all parameters
+
+
+class WritingConfig(SamplingConfig):
+    """What a training step writes. It samples from the whole distribution: what is scored must be what was drawn."""
+
+    temperature: float = Field(1.0, gt=0.0)
+    prompts_per_step: int = Field(16, ge=1)
+    max_rows: int = Field(256, ge=1)  # decoded side by side
+    dtype: DecodeDType = "auto"  # of the decode copy
+
+    @model_validator(mode="after")
+    def _untruncated(self) -> "WritingConfig":
+        if self.truncates:
+            raise ValueError("training samples from the whole distribution: top_p must be 1, top_k 0, min_p 0 "
+                             "(truncation is for eval)")
+        return self
 
 
 def choose_device(name: str, train_config: TrainConfig) -> torch.device:

@@ -50,13 +50,13 @@ def read_setup(config: SftConfig) -> Setup:
     reader = Reader()
     model = reader.model("model", config.model)
     rewards = reader.read("rewards", lambda: load_rewards(config.rewards)) or []
-    parts = [Part(key="data", path=config.data.path, problems=reader.problems("data", config.data),
+    parts = [Part(key="data", path=config.data.source, problems=reader.problems("data", config.data),
                   completions="needed")]
     held_out = reader.problems("eval_data", config.eval_data)
     if config.eval_data is not None:
         limit = ("eval.max_completion_length", config.eval.max_completion_length)
         parts.append(Part(
-            key="eval_data", path=config.eval_data.path, problems=held_out, completions="read",
+            key="eval_data", path=config.eval_data.source, problems=held_out, completions="read",
             answer_limit=limit if config.rewards else None,
             needs_answers=bool(config.rewards) and all(r.name is not None for r in config.rewards),
             wanted=config.eval.num_problems if config.rewards else None))
@@ -69,7 +69,7 @@ def sft(config: SftConfig, console: Console, *, resume: bool = False, overwrite:
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     if overwrite:
-        refuse_own_input(Path(config.output_dir), [config.model.path, config.data.path])
+        refuse_own_input(Path(config.output_dir), [config.model.path, *config.data.files])
     inputs = checked_inputs(read_setup(config), console)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, or adapters that fit nothing, leave no run behind

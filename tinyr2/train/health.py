@@ -68,6 +68,7 @@ class Monitor:
             "equal_rewards": _Rule(symptoms.equal_rewards, c.patience, c.zero_std_patience),
             "logp_gap": _Rule(symptoms.logp_gap, *same, warms_up=False),
             "errored_rollouts": _Rule(symptoms.errored, *same, warms_up=False),
+            "dropped_rollouts": _Rule(symptoms.dropped, *same, warms_up=False),
         }
         self._memory = Memory()
         self._tracks = {name: _Track() for name in self._rules}

@@ -134,14 +134,14 @@ def _one_step(state: checkpoint.TrainState, job: Job, monitor: Monitor) -> list[
 def update(optimizer: Optimizer | Offloaded, max_grad_norm: float, loss: float) -> dict[str, float]:
     """Clip, step, and drop the gradients; returns the norms that they had.
 
-    Parameters whose group names a `part` (a critic, beside the policy) are clipped on their own. A step whose loss or
-    norm is not finite is skipped; the monitor raises its alarm.
+    Parameters whose group names a `part` (a critic, beside the policy) are clipped on their own, and have no norm where
+    none of them has a gradient. A step whose loss or norm is not finite is skipped; the monitor raises its alarm.
     """
     parts: dict[str, list[torch.Tensor]] = {}
     for group in optimizer.param_groups:
         parts.setdefault(group.get("part", ""), []).extend(group["params"])
     norms = {f"{part}/grad_norm" if part else "grad_norm": clip(params, max_grad_norm)
-             for part, params in parts.items()}
+             for part, params in parts.items() if not part or any(p.grad is not None for p in params)}
     if all(map(math.isfinite, (loss, *norms.values()))):
         optimizer.step()
     optimizer.zero_grad()

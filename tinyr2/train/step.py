@@ -1,6 +1,6 @@
 """One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -47,6 +47,18 @@ class Scores:
     divergence: Tensor | None  # (N,) nats
     teacher_logp: Tensor | None  # (N,) nats
     loss: float
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Those of several optimizer steps, as if they had been one; the loss is their mean."""
+        rows, before = [], 0
+        for part in parts:
+            rows.append(part.row + before)
+            before += len(part.rollouts)
+        streams = ("learner_logp", "entropy", "actor_logp", "divergence", "teacher_logp")
+        return cls(rollouts=[r for part in parts for r in part.rollouts], row=torch.cat(rows),
+                   loss=sum(part.loss for part in parts) / len(parts),
+                   **{name: _cat([getattr(part, name) for part in parts]) for name in streams})
 
 
 @dataclass(frozen=True, kw_only=True)

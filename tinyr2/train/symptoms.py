@@ -231,6 +231,17 @@ def logp_gap(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding 
         "sample with the reference engine to see which side is wrong")
 
 
+def dropped(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """Answers without a verdict, by a grader's fault or because it could not decide."""
+    dropped = value(metrics, "rollouts/dropped_ratio")
+    if dropped is None:
+        return None
+    return Finding(
+        _above(dropped, config.errored_warn, config.errored_critical),
+        f"rollouts/dropped_ratio {dropped:.3g}: {dropped:.1%} of rollouts have no verdict and teach nothing",
+        "read the errors in completions/; look for problems without an answer and for verdicts that ran out of time")
+
+
 def errored(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
     """Answers that no grader could grade."""
     errored = value(metrics, "rollouts/errored_ratio")
