@@ -14,12 +14,14 @@ from tinyr2.core.config import build
 from tinyr2.data.tasks import SignedSums, signed_sums
 from tinyr2.models.load import save_model
 from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.reinforce import ReinforceConfig, reinforce
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console
 from tinyr2.tokens.build import train_tokenizer
 
 STEPS = 16
-KINDS = ("sft", "token", "sequence")
+KINDS = ("sft", "token", "sequence", "reinforce")
+Settings = SftConfig | DistillConfig | ReinforceConfig
 
 
 def make_world(folder: Path) -> None:
@@ -39,7 +41,15 @@ def make_world(folder: Path) -> None:
             tokenizer, folder / name)
 
 
-def config_of(kind: str, world: Path, out: Path, **train) -> SftConfig | DistillConfig:
+# everything that a run of its kind remembers: a critic with an optimizer, mini-batches, rounds of refill, pass rates
+REINFORCED = {
+    "algorithm": "ppo", "rewards": [{"name": "soft_overlong", "options": {"soft_punish_cache": 8}}],
+    "eval_rewards": [{"name": "exact_answer"}], "sampling": {"equal_groups": "refill", "max_rounds": 2, "adapt": {}},
+    "updates": {"num_iterations": 1, "num_mini_batches": 2},
+    "value": {"num_iterations": 1, "num_mini_batches": 2, "pretrain_steps": 4, "pretrain_until": 1.0}}
+
+
+def config_of(kind: str, world: Path, out: Path, **train) -> Settings:
     """A short deterministic run of one kind."""
     settings = {"optim": "muon", "learning_rate": 3e-3, "max_steps": STEPS, "save_steps": 3, "deterministic": True,
                 "log_completions_steps": 5, "num_threads": 1} | train
@@ -49,6 +59,9 @@ def config_of(kind: str, world: Path, out: Path, **train) -> SftConfig | Distill
     if kind == "sft":
         return build(SftConfig, common | {"model": {"path": str(world / "student")}, "examples_per_step": 6}, kind)
     rollout = {"prompts_per_step": 4, "max_completion_length": 12, "num_generations": 1}
+    if kind == "reinforce":
+        return build(ReinforceConfig, common | REINFORCED | {
+            "model": {"path": str(world / "student")}, "rollout": rollout | {"num_generations": 3}}, kind)
     loss: dict = {"level": kind}
     if kind == "sequence":
         rollout |= {"num_generations": 2}
@@ -57,10 +70,10 @@ def config_of(kind: str, world: Path, out: Path, **train) -> SftConfig | Distill
         "rollout": rollout, "loss": loss, "eval_kl_problems": 4}, kind)
 
 
-def run(config: SftConfig | DistillConfig, resume: bool) -> None:
+def run(config: Settings, resume: bool) -> None:
     """One attempt, in this process."""
     with open("/dev/null", "w") as nowhere:
-        recipe = sft if isinstance(config, SftConfig) else distill
+        recipe = {SftConfig: sft, DistillConfig: distill, ReinforceConfig: reinforce}[type(config)]
         recipe(config, Console(plain=True, stream=nowhere), resume=resume)
 
 
@@ -77,7 +90,7 @@ def warm() -> None:
     child.join()
 
 
-def attempt(config: SftConfig | DistillConfig, kill_after: float | None) -> bool:
+def attempt(config: Settings, kill_after: float | None) -> bool:
     """One attempt in a child forked from a server that has torch loaded; True if it came to its end."""
     resume = (Path(config.output_dir) / "config.resolved.yaml").is_file()
     child = _server().Process(target=run, args=(config, resume))
@@ -91,9 +104,9 @@ def attempt(config: SftConfig | DistillConfig, kill_after: float | None) -> bool
 
 
 def outcome(out: Path) -> tuple[str, bytes]:
-    """(SHA-256 of the final weights, the metrics file)."""
-    return (hashlib.sha256((out / "final" / "model.safetensors").read_bytes()).hexdigest(),
-            (out / "metrics.jsonl").read_bytes())
+    """(SHA-256 of the final weights, a critic's among them, the metrics file)."""
+    weights = b"".join(p.read_bytes() for p in sorted(out.glob("final*/model.safetensors")))
+    return hashlib.sha256(weights).hexdigest(), (out / "metrics.jsonl").read_bytes()
 
 
 def kill_and_compare(kind: str, world: Path, folder: Path, kills: int, seed: int) -> dict:

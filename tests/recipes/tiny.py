@@ -14,6 +14,7 @@ import torch
 from tests.recipes import killing
 from tinyr2.core.config import apply, build
 from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.reinforce import ReinforceConfig, reinforce
 from tinyr2.recipes.run import Run
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console
@@ -21,7 +22,8 @@ from tinyr2.report.jsonl import read_jsonl
 from tinyr2.train.loop import StepResult
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-Settings = SftConfig | DistillConfig
+Settings = SftConfig | DistillConfig | ReinforceConfig
+VERBS = {"sft": (SftConfig, sft), "distill": (DistillConfig, distill), "reinforce": (ReinforceConfig, reinforce)}
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,15 @@ def settings(verb: str, world: Path, out: Path, *overrides: str) -> Settings:
     if verb == "sft":
         raw |= {"model": {"path": str(world / "student")}, "examples_per_step": 6}
     else:
-        raw |= {"student": {"path": str(world / "student")}, "teacher": {"path": str(world / "teacher")},
-                "rollout": {"prompts_per_step": 4, "max_completion_length": 12}}
+        raw |= {"rollout": {"prompts_per_step": 4, "max_completion_length": 12}}
+    if verb == "distill":
+        raw |= {"student": {"path": str(world / "student")}, "teacher": {"path": str(world / "teacher")}}
+    if verb == "reinforce":
+        raw["rollout"]["num_generations"] = 4
+        raw |= {"model": {"path": str(world / "student")},
+                "rewards": [{"file": str(world / "rewards.py"), "function": "digits"}]}
     raw = apply(raw, [text.replace("{world}", str(world)) for text in overrides])
-    return build(SftConfig if verb == "sft" else DistillConfig, raw, verb)
+    return build(VERBS[verb][0], raw, verb)
 
 
 def go(config: Settings, **options: bool) -> Outcome:
@@ -77,7 +84,7 @@ def go(config: Settings, **options: bool) -> Outcome:
 
     with pytest.MonkeyPatch.context() as patch, torch_as_it_was():
         patch.setattr(Run, "completions", note)
-        recipe = sft if isinstance(config, SftConfig) else distill
+        recipe = next(recipe for kind, recipe in VERBS.values() if isinstance(config, kind))
         result = recipe(config, Console(plain=True, stream=stream), **options)
     return Outcome(config, Path(config.output_dir), result, steps, stream.getvalue())
 

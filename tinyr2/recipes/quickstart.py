@@ -5,14 +5,12 @@ In: a seed and how many minutes. Out: one table of four rows, and the run folder
 """
 
 import json
-import multiprocessing
 import resource
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tinyr2.core.config import Config, build
-from tinyr2.core.errors import RunError, UserError
+from tinyr2.core.errors import RunError
 from tinyr2.core.files import write_atomic
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Problem
@@ -29,6 +27,7 @@ from tinyr2.data.tasks import SignedSums, signed_sums
 from tinyr2.eval.suite import EvalConfig, EvalResult, evaluate
 from tinyr2.models.load import ModelConfig, count_parameters, load_model, load_tokenizer, save_model
 from tinyr2.recipes import setup
+from tinyr2.recipes.child import run_in_child
 from tinyr2.recipes.distill import DistillConfig, distill
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console
@@ -201,38 +200,13 @@ def _equal_steps(out: Path, seconds: float) -> int:
 def _row(console: Console, out: Path, name: str, config: Config) -> dict:
     """Train and evaluate one model in a child process; its row of the table."""
     console.note(f"{name}:")
-    # a server that has imported torch, so that no child pays for it, and that has computed nothing
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(send, config, str(out), name, console.json_mode))
-    child.start()
-    send.close()
-    try:
-        row = receive.recv()
-    except EOFError:
-        row = f"ended with exit code {child.exitcode}"
-    except KeyboardInterrupt:
-        child.terminate()  # it saves a checkpoint and stops
-        child.join()
-        raise
-    child.join()
-    if isinstance(row, str):
-        raise RunError(f"quickstart: the stage {name} {row}; start again with --overwrite")
-    return row
-
-
-def _child(send, config: Config, out: str, name: str, json_mode: bool) -> None:
-    """One stage; sends its row, or in words why there is none."""
-    try:
-        row = _stage(config, out, name, Console(json_mode=json_mode))
-    except UserError as error:
-        row = f"could not go on: {error}"
-    except KeyboardInterrupt:
-        row = "was interrupted"
-    with suppress(BrokenPipeError):  # who asked may have been interrupted too
-        send.send(row)
-    send.close()
+    ended = run_in_child(_stage, config, str(out), name, json_mode=console.json_mode)
+    if ended.interrupted:
+        raise KeyboardInterrupt
+    fault = ended.fault or (ended.value if isinstance(ended.value, str) else None)
+    if fault:
+        raise RunError(f"quickstart: the stage {name} {fault}; start again with --overwrite")
+    return ended.value
 
 
 def _stage(config: Config, out: str, name: str, console: Console) -> dict | str:

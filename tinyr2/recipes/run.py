@@ -135,12 +135,32 @@ def refuse_own_input(folder: Path, inputs: Sequence[str]) -> None:
 
 def refuse_changed(folder: Path, config: Config) -> None:
     """RunError that names every setting in which `config` differs from what the run was started with."""
-    before, now = (_flat(raw) for raw in (configs.read(folder / CONFIG), config.model_dump(mode="json")))
-    changed = [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in dict.fromkeys([*before, *now])
-               if before.get(key) != now.get(key) and key != "output_dir"]
+    changed = changed_settings(configs.read(folder / CONFIG), config.model_dump(mode="json"))
     if changed:
         raise RunError(f"{folder}: resumed with another config: {'; '.join(changed)}. Resume with the settings it was "
                        "started with (tinyr2 runs resume reads them), or start a new run in another output_dir")
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings, output_dir apart, in which two configs differ, each with both values."""
+    old, new = _flat(dict(before)), _flat(dict(now))
+    return [f"{key}: {old.get(key)} before, {new.get(key)} now" for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key) and key != "output_dir"]
+
+
+def clear_run(folder: Path) -> None:
+    """Delete what a run left in its folder, which is held."""
+    # the config goes last: a folder without one would be nobody's, and could not be overwritten again
+    for path in sorted(folder.iterdir(), key=lambda p: p.name == CONFIG):
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_env(folder: Path, verb: str) -> None:
+    """Note beside a run what was asked for, where, when, and on which machine."""
+    facts = {"verb": verb, "command": sys.argv, "cwd": os.getcwd(), "started": time.time(),
+             "machine": describe_machine()}
+    write_atomic(folder / ENV, json.dumps(facts, indent=2) + "\n")
 
 
 def _flat(raw: Any, prefix: str = "") -> dict[str, Any]:
@@ -161,16 +181,11 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
     folder.mkdir(parents=True, exist_ok=True)
     with single_writer(folder):
         if overwrite:
-            # the config goes last: a folder without one would be nobody's, and could not be overwritten again
-            for path in sorted(folder.iterdir(), key=lambda p: p.name == CONFIG):
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            clear_run(folder)
         if not resume:
             write_atomic(folder / CONFIG, configs.dump(config))  # first: with it alone the run can be resumed
         if not resume or not (folder / ENV).is_file():
-            facts = {"verb": verb, "command": sys.argv, "cwd": os.getcwd(), "started": time.time(),
-                     "machine": describe_machine()}
-            write_atomic(folder / ENV, json.dumps(facts, indent=2) + "\n")
+            write_env(folder, verb)
         recover_folders(folder)
         for leftover in folder.glob(".*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

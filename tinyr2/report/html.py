@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, StrictUndefined
 
@@ -72,7 +73,7 @@ def write_report(run: Path) -> Path:
     samples = [_sample(completion) for completion in view.completions]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(TEMPLATE).render(
-        name=clean(view.name), facts=_facts(view), table=result_table(rows) if rows else None,
+        name=clean(view.name), facts=_facts(view), table=result_table(rows) if rows else None, links=_links(view),
         charts=charts, more=more, alarms=[_texts(row) for row in view.alarms], samples=samples,
         legend=_legend() if any(sample.tokens for sample in samples) else [],
         events=[_event(row) for row in reversed(view.events[-_MOST_EVENTS:])],
@@ -91,6 +92,12 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
              ("command", " ".join(map(str, command)) if isinstance(command, list) else command),
              *((label, flat.get(key)) for key, label in _MACHINE.items())]
     return [(label, clean(str(value))) for label, value in facts if value and value != "null"]
+
+
+def _links(view: RunView) -> dict[str, str]:
+    """The pages of a result's rows, where it names them: by row, relative to this page."""
+    pages = (view.result or {}).get("reports")
+    return {clean(str(name)): quote(str(path)) for name, path in pages.items()} if isinstance(pages, Mapping) else {}
 
 
 def _charts(view: RunView) -> tuple[list[Chart], list[Chart]]:

@@ -17,6 +17,7 @@ body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.55 syst
 main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 26px; font-weight: 650; margin: 0 0 4px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 17px; font-weight: 650; margin: 40px 0 12px; }
+a { color: var(--c0); }
 .dim { color: var(--dim); }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 28px; margin: 14px 0 0; }
 .facts div { min-width: 0; overflow-wrap: anywhere; }
@@ -102,7 +103,8 @@ form-action 'none'">
 {% if table %}
 <h2>Result</h2><div class="card wide"><table><thead><tr><th></th>{% for column in table.columns %}<th>{{ column }}</th>\
 {% endfor %}</tr></thead><tbody>
-{% for row in table.rows %}<tr><td>{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in table.rows %}<tr><td>{% if row.name in links %}<a href="{{ links[row.name] }}">{{ row.name }}</a>\
+{% else %}{{ row.name }}{% endif %}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endif %}
 {% if alarms %}
