@@ -64,7 +64,7 @@ class ReinforceConfig(Config):
     reference: ModelConfig | None = None  # of the KL; None: the model as it begins
     teacher: ModelConfig | None = None  # for opd
     data: Sources
-    eval_data: Sources = ()
+    eval_data: Sources | None = None
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingPlan = SamplingPlan()
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)  # the first is the verdict: an answer is right from 1 on
@@ -198,7 +198,7 @@ def reinforce(config: ReinforceConfig, console: Console, *, resume: bool = False
 def _inputs_of(config: ReinforceConfig) -> list[str]:
     models = [m.path for m in (config.model, config.reference, config.teacher) if m is not None]
     critic = [config.value.path] if config.value is not None and config.value.path is not None else []
-    return [*models, *critic, *(file for s in (*config.data, *config.eval_data) for file in s.files)]
+    return [*models, *critic, *(file for s in (*config.data, *(config.eval_data or ())) for file in s.files)]
 
 
 def _critic_module(config: ReinforceConfig, policy: nn.Module, device: torch.device) -> nn.Module | None:
