@@ -169,8 +169,7 @@ def over_seeds(rows: Sequence[dict[str, Any]], cold: Sequence[dict[str, Any]]) -
 def make_world(world: Path, task: str, seed: int) -> None:
     """Problem files, a tokenizer, and models with random weights."""
     if task == "sums":
-        train = signed_sums(SignedSums(terms=3, digits=3), "train", 20_000, seed)
-        held = signed_sums(SignedSums(terms=3, digits=3), "held_out", HELD_OUT, seed)
+        train, held = three_terms("train", 20_000, seed), three_terms("held_out", HELD_OUT, seed)
         rng = random.Random(derive(seed, "careless"))
         worked = [careless(p) if rng.random() < CARELESS else p for p in train]
     else:
@@ -191,6 +190,12 @@ def make_world(world: Path, task: str, seed: int) -> None:
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None))
         save_model(model, tokenizer, world / "init" / name)
+
+
+def three_terms(split: str, n: int, seed: int) -> list[Problem]:
+    """n sums of three terms, of up to three digits each."""
+    problems = signed_sums(SignedSums(terms=3, digits=3), split, 3 * n, seed)
+    return [p for p in problems if len(re.findall(r"\d+", p.messages[0].content)) == 3][:n]
 
 
 def careless(problem: Problem) -> Problem:
