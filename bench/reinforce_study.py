@@ -13,10 +13,7 @@ intervals, tokens, seconds. Runs that are done are kept, and one that was stoppe
 
 import argparse
 import json
-import random
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,9 +24,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tinyr2.core.config import build
 from tinyr2.core.files import write_atomic
 from tinyr2.core.rng import derive
-from tinyr2.core.types import Message, Problem
+from tinyr2.core.types import Problem
 from tinyr2.data.countdown import Countdown, countdown
-from tinyr2.data.tasks import CARRY, SignedSums, signed_sums
+from tinyr2.data.tasks import SignedSums, signed_sums
 from tinyr2.eval.intervals import wilson
 from tinyr2.models.load import save_model
 from tinyr2.recipes import distill, dpo, reinforce, reject, rm, sft
@@ -169,9 +166,9 @@ def over_seeds(rows: Sequence[dict[str, Any]], cold: Sequence[dict[str, Any]]) -
 def make_world(world: Path, task: str, seed: int) -> None:
     """Problem files, a tokenizer, and models with random weights."""
     if task == "sums":
-        train, held = three_terms("train", 20_000, seed), three_terms("held_out", HELD_OUT, seed)
-        rng = random.Random(derive(seed, "careless"))
-        worked = [careless(p) if rng.random() < CARELESS else p for p in train]
+        sums = SignedSums(terms=3, min_terms=3, digits=3)
+        train, held = signed_sums(sums, "train", 20_000, seed), signed_sums(sums, "held_out", HELD_OUT, seed)
+        worked = signed_sums(sums.model_copy(update={"careless": CARELESS}), "train", 20_000, seed)
     else:
         level = Countdown(numbers=3, low=1, high=20, max_target=100, tries=2)
         train, held = countdown(level, "train", 8_000, seed), countdown(level, "held_out", HELD_OUT, seed)
@@ -190,26 +187,6 @@ def make_world(world: Path, task: str, seed: int) -> None:
             tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None))
         save_model(model, tokenizer, world / "init" / name)
-
-
-def three_terms(split: str, n: int, seed: int) -> list[Problem]:
-    """n sums of three terms, of up to three digits each."""
-    problems = signed_sums(SignedSums(terms=3, digits=3), split, 3 * n, seed)
-    return [p for p in problems if len(re.findall(r"\d+", p.messages[0].content)) == 3][:n]
-
-
-def careless(problem: Problem) -> Problem:
-    """The worked solution of an author who never carries: every column as if none came before it."""
-    terms = [int(t) for t in re.findall(r"[+-]?\d+", problem.messages[0].content)]
-    columns, digits = [], []
-    for i in range(max(len(str(abs(t))) for t in (*terms, sum(terms)))):
-        column = [(-1 if t < 0 else 1) * (abs(t) // 10**i % 10) for t in terms]
-        carry, digit = divmod(sum(column), 10)
-        signed = "".join(f"{'-' if t < 0 else '+'}{abs(c)}" for t, c in zip(terms, column, strict=True))
-        columns.append(f"0:{signed.removeprefix('+')}={CARRY[carry]}{digit}")
-        digits.append(str(digit))
-    answer = "".join(reversed(digits)).lstrip("0") or "0"
-    return replace(problem, completion=(Message("assistant", f"{';'.join(columns)}####{answer}"),))
 
 
 def _line(p: Problem, solved: bool) -> str:

@@ -11,10 +11,10 @@ LEVEL = SignedSums(terms=3, digits=2)
 
 def test_a_solution_by_hand():
     assert Sum((58, -367, 912)).text == "58-367+912"
-    assert Sum((58, -367, 912)).solution == "0:8-7+2=03;0:5-6+1=00;0:0-3+9=06####603"
-    assert Sum((20, -7)).solution == "0:0-7=b3;b:2-0=01####13"
-    assert Sum((9, 8, 7)).solution == "0:9+8+7=24;2:0+0+0=02####24"
-    assert Sum((5, -5)).solution == "0:5-5=00####0"
+    assert Sum((58, -367, 912)).solution() == "0:8-7+2=03;0:5-6+1=00;0:0-3+9=06####603"
+    assert Sum((20, -7)).solution() == "0:0-7=b3;b:2-0=01####13"
+    assert Sum((9, 8, 7)).solution() == "0:9+8+7=24;2:0+0+0=02####24"
+    assert Sum((5, -5)).solution() == "0:5-5=00####0"
 
 
 def test_every_solution_is_right_column_by_column():
@@ -73,3 +73,20 @@ def test_difficulty_bounds_terms_and_digits():
 def test_asking_for_more_than_there_are_says_what_to_raise():
     with pytest.raises(ConfigError, match="raise terms or digits"):
         signed_sums(SignedSums(terms=2, digits=1), "held_out", 500, 0)
+
+
+def test_a_careless_author_hands_no_carry_on_and_answers_what_comes_of_it():
+    assert Sum((58, -367, 912)).solution(careless=True) == "0:8-7+2=03;0:5-6+1=00;0:0-3+9=06####603"  # none to hand on
+    assert Sum((20, -7)).solution(careless=True) == "0:0-7=b3;0:2-0=02####23"
+    assert Sum((9, 8, 7)).solution(careless=True) == "0:9+8+7=24;0:0+0+0=00####4"
+
+
+def test_so_many_solutions_are_careless_and_no_answer_is():
+    level = SignedSums(terms=3, min_terms=3, digits=3)
+    plain, sloppy = (signed_sums(level.model_copy(update={"careless": share}), "train", 400, 0) for share in (0.0, 0.9))
+    assert [(p.messages, p.answer) for p in plain] == [(p.messages, p.answer) for p in sloppy]
+    changed = [a != b for a, b in zip(plain, sloppy, strict=True)]
+    # in some sums nothing is carried
+    assert 0.45 < sum(changed) / 400 < 0.9
+    assert all(p.completion[0].content.endswith(f"####{p.answer}") for p in plain)
+    assert all(sum(p.messages[0].content.count(sign) for sign in "+-") == 2 for p in plain)

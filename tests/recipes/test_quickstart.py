@@ -94,7 +94,7 @@ def test_answers_and_solutions_are_right(prepared):
         terms = tuple(int(t) for t in re.findall(r"[+-]?\d+", row["prompt"][0]["content"]))
         assert row["answer"] == str(sum(terms))
         if "completion" in row:
-            assert row["completion"][0]["content"] == Sum(terms).solution
+            assert row["completion"][0]["content"] == Sum(terms).solution()
             assert row["completion"][0]["content"].endswith(f"####{row['answer']}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tinyr2.core.config import Config
 from tinyr2.core.errors import ConfigError
@@ -34,6 +34,15 @@ class SignedSums(Config):
 
     terms: int = Field(3, ge=2, le=3)  # with four, a carry may pass what CARRY can write
     digits: int = Field(2, ge=1, le=9)
+    min_terms: int = Field(2, ge=2, le=3)
+    # share of worked solutions by an author who never carries; their answers are often wrong, `Problem.answer` never is
+    careless: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _some_terms(self) -> "SignedSums":
+        if self.min_terms > self.terms:
+            raise ValueError(f"min_terms {self.min_terms} is above terms {self.terms}; lower it")
+        return self
 
     @property
     def longest_solution(self) -> int:
@@ -63,17 +72,17 @@ class Sum:
         """Which side it is on, however it is ordered."""
         return split_of(self.canonical)
 
-    @property
-    def solution(self) -> str:
-        """The columns from the right, then "####" and the result."""
-        total, carry, columns = sum(self.terms), 0, []
-        for i in range(max(len(str(abs(t))) for t in (*self.terms, total))):
+    def solution(self, *, careless: bool = False) -> str:
+        """The columns from the right, then "####" and the result; careless: as if no column handed a carry on."""
+        carry, columns, result = 0, [], []
+        for i in range(max(len(str(abs(t))) for t in (*self.terms, sum(self.terms)))):
             digits = [abs(t) // 10**i % 10 for t in self.terms]
             signed = "".join(f"{'-' if t < 0 else '+'}{d}" for t, d in zip(self.terms, digits, strict=True))
             out, digit = divmod(carry + sum(d if t >= 0 else -d for t, d in zip(self.terms, digits, strict=True)), 10)
             columns.append(f"{CARRY[carry]}:{signed.removeprefix('+')}={CARRY[out]}{digit}")
-            carry = out
-        return ";".join(columns) + f"####{total}"
+            result.append(str(digit))
+            carry = 0 if careless else out
+        return ";".join(columns) + "####" + ("".join(reversed(result)).lstrip("0") or "0")
 
 
 def signed_sums(level: SignedSums, split: Split, n: int, seed: int) -> list[Problem]:
@@ -91,18 +100,19 @@ def signed_sums(level: SignedSums, split: Split, n: int, seed: int) -> list[Prob
         if drawn > 200 * n + 10_000:
             raise ConfigError(f"{n} different {split} sums with up to {level.terms} terms of {level.digits} digits: "
                               f"only {len(seen)} turned up; ask for fewer, or raise terms or digits")
-    return [_problem(s, split, i) for i, s in enumerate(seen.values())]
+    return [_problem(s, split, i, derive(seed, "careless", s.canonical) < level.careless * 2**63)
+            for i, s in enumerate(seen.values())]
 
 
 def _draw(level: SignedSums, rng: random.Random) -> Iterator[Sum]:
     while True:
         terms = [rng.randrange(10 ** rng.randint(1, level.digits)) * rng.choice((1, -1))
-                 for _ in range(rng.randint(2, level.terms))]
+                 for _ in range(rng.randint(level.min_terms, level.terms))]
         terms[0] = abs(terms[0])
         if sum(terms) >= 0:
             yield Sum(tuple(terms))
 
 
-def _problem(s: Sum, split: Split, i: int) -> Problem:
+def _problem(s: Sum, split: Split, i: int, careless: bool) -> Problem:
     return Problem(id=f"{split}:{i}", task="signed_sums", messages=(Message("user", s.text + "="),),
-                   completion=(Message("assistant", s.solution),), answer=str(sum(s.terms)))
+                   completion=(Message("assistant", s.solution(careless=careless)),), answer=str(sum(s.terms)))
