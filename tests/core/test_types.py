@@ -26,8 +26,8 @@ def test_targets_are_the_learned_tokens_themselves():
     assert batch().targets.tolist() == [12, 13, 23]
 
 
-STREAMS = ["row", "on_policy", "right", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values", "returns",
-           "learner_logp", "teacher_hidden"]
+STREAMS = ["row", "on_policy", "right", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values",
+           "returns", "learner_logp", "teacher_hidden"]
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -216,7 +216,8 @@ def test_a_resumed_state_is_the_checkpoints_and_later_rows_are_forgotten(tmp_pat
     with opened(tmp_path / "run") as run:
         model = qwen3()
         state = setup.restore(run, model, config, {"config": "a"}, resume=False)
-        assert setup.train_to_end(run, state, job_of(run, model, config), partial(save_model, model, tokenizer)) == "finished"
+        save = partial(save_model, model, tokenizer)
+        assert setup.train_to_end(run, state, job_of(run, model, config), save) == "finished"
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     stream = io.StringIO()
     with opened(tmp_path / "run", stream, resume=True) as run:

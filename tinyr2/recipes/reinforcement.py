@@ -10,14 +10,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from tinyr2.core.rng import generator, permutation
-from tinyr2.core.types import Problem, Rollout
+from tinyr2.core.types import Batch, Problem, Rollout
 from tinyr2.data.adaptation import choose, weights
 from tinyr2.data.adaptation import update as moved
 from tinyr2.data.problems import draw
 from tinyr2.eval.suite import evaluate
 from tinyr2.recipes.distill import Inputs, tell_errors
+from tinyr2.recipes.show import SHOWN
 from tinyr2.rewards.grade import RewardFunction, grade
 from tinyr2.rollouts.sample import Policy, sample
 from tinyr2.teachers.local import Teacher
@@ -69,7 +71,7 @@ class Reinforcement:
         collection = self._collect(t)
         tell_errors(collection.written, t + 1, fatal=True)
         clock.append(time.perf_counter())
-        credited, facts = self._credited(collection.kept)
+        credited, facts = self._credited(collection.kept, t)
         clock.append(time.perf_counter())
         kept = [r for r in credited if not (self.config.loss.mask_truncated and r.finish == "length")]
         scores, learned = self._learn(kept, t)
@@ -78,7 +80,8 @@ class Reinforcement:
         metrics = (learned | facts | completion_metrics(collection.written) | reward_metrics(collection.written)
                    | collection_metrics(collection, len(kept))
                    | {"num_generated_tokens": int(agent.num_generated)})
-        return StepResult(metrics=metrics, rollouts=kept or collection.written, scores=scores,
+        failed = [r for r in collection.written if r.error is not None][:SHOWN // 2]
+        return StepResult(metrics=metrics, rollouts=[*failed, *(kept or collection.written)], scores=scores,
                           num_tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in kept),
                           seconds={"rollout_s": clock[1] - clock[0], "score_s": clock[2] - clock[1],
                                    "learn_s": clock[3] - clock[2]})
@@ -146,7 +149,7 @@ class Reinforcement:
 
     # what it is worth
 
-    def _credited(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], dict[str, float]]:
+    def _credited(self, rollouts: Sequence[Rollout], t: int) -> tuple[list[Rollout], dict[str, float]]:
         """What can be learned from, with its credit; and what was seen on the way."""
         config, company = self.config, self.company
         temperature, facts, ends = config.rollout.temperature, {}, None
@@ -157,8 +160,9 @@ class Reinforcement:
         if company.critic is not None:
             rollouts, ends = assess(company.critic, rollouts)
         rewards = {r.name: (r.weight, r.gamma) for r in self.inputs.rewards}
-        out = assign_credit(rollouts, config.advantage, config.kl, rewards, last_values=ends,
-                            critic_lam=config.value.lam if config.value is not None else 1.0)
+        # a critic is pretrained on what the answers really earned (Monte-Carlo returns)
+        lam = 1.0 if config.value is None or self._pretrains(t) else config.value.lam
+        out = assign_credit(rollouts, config.advantage, config.kl, rewards, last_values=ends, critic_lam=lam)
         if company.critic is not None and out and (explained := fit(out)) is not None:
             facts["value/explained_variance"] = explained
             if explained >= config.value.pretrain_until:
@@ -176,6 +180,11 @@ class Reinforcement:
                                                                                strict=True)))
                 for r, logp in zip(rollouts, said, strict=True)]
 
+    def _pretrains(self, t: int) -> bool:
+        """Whether the policy still waits for the critic."""
+        value = self.config.value
+        return value is not None and t < value.pretrain_steps and not bool(self.company.agent.critic_ready)
+
     @property
     def _corrects(self) -> bool:
         """Whether the actor's log-probs are not the learner's, so that weights correct for it."""
@@ -192,10 +201,8 @@ class Reinforcement:
 
     def _learn(self, rollouts: list[Rollout], t: int) -> tuple[Scores | None, dict[str, float]]:
         """All updates but the last; with the scores of the first pass."""
-        value, agent, found = self.config.value, self.company.agent, {}
-        alone = value is not None and value.trunk == "separate"
-        pretrains = alone and t < value.pretrain_steps and not bool(agent.critic_ready)
-        if alone and rollouts:
+        value, found, pretrains = self.config.value, {}, self._pretrains(t)
+        if value is not None and value.trunk == "separate" and rollouts:
             found = self._fit_critic(rollouts, t, leave_last=pretrains) | {"value/pretraining": float(pretrains)}
         if pretrains or not rollouts:
             return None, found | {"loss": found.get("value/loss", 0.0)}
@@ -204,14 +211,19 @@ class Reinforcement:
         once = len(some) // self.config.updates.num_iterations
         for i, part in enumerate(some):
             loss = self._loss(part)
-            scores = self._accumulate(part, loss)
+            scores = self._accumulate(part, loss, metrics)
             metrics.add(scores, loss)
             first += [scores] if i < once else []
             if i < len(some) - 1:
                 update(self.optimizer, self.config.train.max_grad_norm, scores.loss)
         joined = Scores.joined(first)
         cap = self.config.loss.importance.cap if self._corrects else None
-        return joined, score_metrics(joined, cap) | metrics.means() | found
+        # actor and learner have the same weights before the first update alone
+        gaps = {name: x for name, x in score_metrics(first[0], cap).items() if name.startswith("sampling/")}
+        seen = score_metrics(joined, cap) | gaps
+        if "kl" in seen and self.company.reference is not None:  # `kl` is to the reference
+            seen["teacher_kl"] = seen.pop("kl")
+        return joined, seen | metrics.means() | found
 
     def _fit_critic(self, rollouts: list[Rollout], t: int, *, leave_last: bool) -> dict[str, float]:
         value, losses, norms = self.config.value, [], []
@@ -238,15 +250,20 @@ class Reinforcement:
                           corrects=self._corrects,
                           constant=config.loss.constant or config.rollout.max_completion_length)
 
-    def _accumulate(self, rollouts: Sequence[Rollout], loss: PolicyLoss) -> Scores:
+    def _accumulate(self, rollouts: Sequence[Rollout], loss: PolicyLoss, metrics: UpdateMetrics) -> Scores:
         company, opd = self.company, self.config.opd
+
+        def value(batch: Batch, states: Tensor) -> Tensor:
+            term = loss_of(company.critic, batch, states, self.config.value, loss.counts.tokens)
+            metrics.note("value/loss", float(term.detach()) * loss.counts.tokens, len(batch.learn))
+            return term
+
         by_loss = opd is not None and opd.place == "loss"
         shared = company.critic is not None and self.config.value.trunk == "shared"
         reading = Reading(
             temperature=self.config.rollout.temperature, score_first=loss.score_first,
             teacher=company.teacher if by_loss else None, divergence=opd.divergence if by_loss else None,
-            also=(lambda batch, states: loss_of(company.critic, batch, states, self.config.value, loss.counts.tokens))
-            if shared else None)
+            also=value if shared else None)
         return accumulate(self.learner, rollouts, loss.on, reading)
 
 

@@ -71,8 +71,9 @@ def assign_credit(rollouts: Sequence[Rollout], advantage: AdvantageConfig, kl: K
     if advantage.scale == "whiten":
         credit = whiten(credit)
     targets = [None] * len(chosen) if returns is None else [tuple(t.tolist()) for t in returns.split(lengths)]
-    return [replace(r, advantage=centered[i], credit=tuple(c.tolist()), returns=target)
-            for i, r, c, target in zip(kept, chosen, credit.split(lengths), targets, strict=True)]
+    own = [None if advantage.baseline == "value" else centered[i] for i in kept]  # a critic centers tokens, not answers
+    return [replace(r, advantage=a, credit=tuple(c.tolist()), returns=target)
+            for a, r, c, target in zip(own, chosen, credit.split(lengths), targets, strict=True)]
 
 
 def old_logp(rollout: Rollout) -> tuple[float, ...]:
@@ -88,7 +89,7 @@ def _outcome(rollout: Rollout, kl: KlConfig) -> float | None:
     """The answer's reward, less β · Σ KL where that is a part of it; None without a verdict."""
     if rollout.reward is None or rollout.error is not None or not rollout.learned:
         return None
-    if kl.place != "sequence_reward":
+    if kl.place != "sequence_reward" or not kl.beta:
         return rollout.reward
     return rollout.reward - kl.beta * float(_estimate(rollout, kl).sum())
 

@@ -18,7 +18,7 @@ from tinyr2.models.packed import hidden_states
 from tinyr2.models.scalar import scalars
 from tinyr2.objectives.policy import token_weight
 from tinyr2.objectives.value import explained_variance, value_loss
-from tinyr2.train.step import Learner, predicting
+from tinyr2.train.step import Learner, predicting, without_dropout
 
 
 class ValueConfig(Config):
@@ -69,7 +69,7 @@ def assess(critic: Critic, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], 
     device, found = next(critic.head.parameters()).device, {}
     for some in split(rollouts, critic.body.tokens_per_micro_batch):
         batch = pack(some, device)
-        with critic.body.autocast():
+        with critic.body.autocast(), without_dropout(critic.body.model):
             states = hidden_states(critic.body.model, batch.tokens, batch.position, batch.lengths)
         ends = torch.tensor(batch.lengths, device=device).cumsum(0) - 1
         values, after = critic.of_states(states[batch.learn - 1]), critic.of_states(states[ends])

@@ -110,7 +110,7 @@ class PolicyLoss:
             factor = known[part] if known is not None else self._correction(batch, logp, part)
             terms = terms if factor is None else terms * factor
             if self.kl.place == "loss" and self.kl.beta:
-                terms = terms + self._penalty(batch, s, log_ratio)
+                terms = terms + self._penalty(batch, s)
             if self.opd is not None and self.opd.place == "loss":
                 terms = terms + self.opd.weight * s.divergence
             return (terms * weight[part]).sum() - (nll[part] * logp).sum()
@@ -144,7 +144,9 @@ class PolicyLoss:
         return importance_weight(gap.detach(), lengths, level=chosen.level, mode=mode, cap=chosen.cap,
                                  floor=chosen.floor)
 
-    def _penalty(self, batch: Batch, s: TokenScores, log_ratio: Tensor) -> Tensor:
-        """(n,) β · KL of each token."""
+    def _penalty(self, batch: Batch, s: TokenScores) -> Tensor:
+        """(n,) β · KL of each token, times its own ratio where that is asked for."""
         estimate = kls.estimate(self.kl.estimator, s.learner_logp, batch.reference_logp[s.part])
-        return self.kl.beta * (estimate * log_ratio.exp() if self.kl.ratio else estimate)
+        if self.kl.ratio:
+            estimate = estimate * (s.learner_logp - self._old(batch, s.learner_logp, s.part)).exp()
+        return self.kl.beta * estimate

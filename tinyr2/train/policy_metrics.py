@@ -31,20 +31,20 @@ class UpdateMetrics:
         credit = torch.tensor([c for r in known for c in r.credit]).to(logp)
         low, high = clipped(self._log_ratio(scores, loss), credit, loss.config.epsilon,
                             loss.config.epsilon_high or loss.config.epsilon)
-        self._note("clip_ratio/low_mean", low)
-        self._note("clip_ratio/high_mean", high)
-        self._note("clip_ratio/region_mean", low | high)
+        for name, mask in (("low", low), ("high", high), ("region", low | high)):
+            self.note(f"clip_ratio/{name}_mean", float(mask.sum()), len(mask))
         if all(r.reference_logp is not None for r in known):
             reference = torch.tensor([v for r in known for v in r.reference_logp]).to(logp)
-            self._note("kl", kls.estimate("k3", logp, reference))
+            self.note("kl", float(kls.estimate("k3", logp, reference).double().sum()), len(logp))
 
     def means(self) -> dict[str, float]:
         """Over all tokens of all updates."""
         return {name: total / self.counts[name] for name, total in self.sums.items()}
 
-    def _note(self, name: str, values: torch.Tensor) -> None:
-        self.sums[name] += float(values.double().sum())
-        self.counts[name] += len(values)
+    def note(self, name: str, total: float, count: int) -> None:
+        """Add `count` tokens' values, whose sum is `total`."""
+        self.sums[name] += total
+        self.counts[name] += count
 
     @staticmethod
     def _log_ratio(scores: Scores, loss: PolicyLoss) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -115,11 +115,22 @@ def per_rollout(learner: Learner, rollouts: Sequence[Rollout],
     found: dict[int, tuple[float, ...]] = {}
     for some in split(rollouts, learner.tokens_per_micro_batch):
         batch = pack(some, device)
-        with learner.autocast():
+        with learner.autocast(), without_dropout(learner.model):
             values = measure(batch)
         for r, part in zip(some, values.split(batch.learned), strict=True):
             found[id(r)] = tuple(part.tolist())
     return [found[id(r)] for r in rollouts]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """In eval mode, as it was sampled from; and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def predicting(learner: Learner, batch: Batch) -> Tensor:
