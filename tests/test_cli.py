@@ -79,8 +79,10 @@ def test_the_command_line_loads_nothing_heavy_before_a_verb_runs():
 
 
 def test_the_verbs_are_these():
-    assert commands().keys() == {"quickstart", "build", "sft", "distill", "eval", "doctor", "report", "runs list",
-                                 "runs resume"}
+    assert commands().keys() == {"quickstart", "build", "sft", "distill", "reinforce", "pipeline", "eval", "doctor",
+                                 "report", "runs list", "runs resume"}
+    text = run("--help").stdout
+    assert all(f"\n  {verb.partition(' ')[0]} " in text for verb in commands())
 
 
 @pytest.mark.parametrize("verb", commands())
@@ -134,6 +136,14 @@ def fault(*words: str | Path) -> str:
     (["eval", "m", "--data", "d", "--column", "prompt"], "'prompt': write --column prompt=question"),
     (["eval", "m", "--data", "d", "--column", "promt=x"], "'promt' is no column of ours; did you mean 'prompt'"),
     (["eval", "m", "--data", "d", "--reward", "exact"], "'exact': write --reward exact_answer or"),
+    (["eval", "m", "--data", "d", "--reward", "countdwn"], "'countdwn': write --reward countdown or"),
+    (["eval", "m", "--data", "d", "--reward", "reward_model"], "reward_model: options.path: missing"),
+    (["eval", "m"], "give one of --data, --task; got none of them"),
+    (["eval", "m", "--data", "d", "--task", "countdown"], "give one of --data, --task; got --data and --task"),
+    (["eval", "m", "--data", "d", "--option", "numbers=4"], "--option numbers=4: options are a task's"),
+    (["eval", "m", "--task", "countdwn"], "'countdwn' is no task; did you mean 'countdown'?"),
+    (["eval", "m", "--task", "countdown", "--option", "nmbers=4"], "nmbers: unknown key; did you mean 'numbers'?"),
+    (["eval", "m", "--task", "countdown", "--split", "test"], "a task has the splits train and held_out"),
     (["eval", "m", "--data", "d", "-n", "4"], "set temperature=0.6 or so"),
 ])
 def test_words_that_cannot_be_meant_are_answered_with_one_message(words, message, tmp_path, monkeypatch):
@@ -178,20 +188,20 @@ def test_a_config_that_cannot_be_read_says_where(tmp_path, content, message):
     assert "c.yaml" in text
 
 
-def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch, work):
     def broken() -> dict:
         raise ZeroDivisionError("ours")
 
     monkeypatch.setattr(cli, "_recipes", broken)
-    assert isinstance(run("sft", "a.yaml").exception, ZeroDivisionError)
+    assert isinstance(run("sft", work / "sft.yaml").exception, ZeroDivisionError)
 
 
-def test_an_interrupt_where_nothing_is_saved_exits_130(monkeypatch):
+def test_an_interrupt_where_nothing_is_saved_exits_130(monkeypatch, work):
     def interrupted() -> dict:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_recipes", interrupted)
-    assert run("sft", "a.yaml").exit_code == 130
+    assert run("sft", work / "sft.yaml").exit_code == 130
 
 
 @pytest.mark.parametrize(("ending", "code", "note"), [
@@ -263,6 +273,54 @@ def test_eval_passes_every_option_on_and_ends_with_json(work, tmp_path):
     assert got == {"num_generations": 3, "k": [1, 3], "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.01,
                    "max_completion_length": 2, "seed": 3}
     assert (settings["data"]["limit"], settings["data"]["columns"]) == (6, {"answer": "completion"})
+
+
+def test_eval_measures_on_problems_generated_here_by_a_reward_named_alone(work, tmp_path):
+    done = run("eval", work / "model", "--task", "countdown", "--split", "held_out", "--limit", 5, "--option",
+               "numbers=2", "--option", "operators=+", "--reward", "countdown", "--max-completion-length", 2,
+               "--device", "cpu", "--out", tmp_path / "e.json", "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (done.exit_code, result["pass@1"], result["num_problems"], result["undecided"]) == (0, 0.0, 5, 0)
+    settings = json.loads((tmp_path / "e.json").read_text())["config"]
+    assert settings["data"]["options"] == {"numbers": 2, "operators": "+"}
+    assert (settings["data"]["task"], settings["data"]["split"]) == ("countdown", "held_out")
+    assert [r["name"] for r in settings["rewards"]] == ["countdown"]
+
+
+@pytest.mark.parametrize(("algorithm", "verb"), [("grpo", "reinforce"), ("dpo", "dpo"), ("rm", "rm")])
+def test_reinforce_carries_out_the_algorithm_that_the_config_names(algorithm, verb, monkeypatch, tmp_path):
+    class Named(Config):
+        """One setting."""
+
+        algorithm: str
+
+    result = {"ending": "finished", "step": 1, "run": "runs/a"}
+    monkeypatch.setattr(cli, "_recipes", lambda: {
+        name: (Named, lambda config, console, name=name, **options: result | {"verb": name})
+        for name in ("reinforce", "dpo", "rm")})
+    (tmp_path / "c.yaml").write_text(f"algorithm: {algorithm}\n")
+    assert json.loads(run("reinforce", tmp_path / "c.yaml", "--json").stdout)["verb"] == verb
+
+
+@pytest.mark.parametrize(("ending", "code", "note"), [("finished", 0, ""), ("halted", 3, "tinyr2 runs resume"),
+                                                      ("stopped", 0, "tinyr2 runs resume")])
+def test_how_a_pipeline_ended_is_the_exit_code(ending, code, note, monkeypatch, tmp_path):
+    from tinyr2.recipes import pipeline
+
+    result = {"ending": ending, "step": 1, "run": "runs/a"}
+    monkeypatch.setattr(pipeline, "pipeline", lambda *args, **options: result)
+    (tmp_path / "c.yaml").write_text("output_dir: runs/a\nstages: [{name: a, verb: sft}]\n")
+    done = run("pipeline", tmp_path / "c.yaml", "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (code, result)
+    assert note in done.stderr
+
+
+def test_a_list_whose_only_element_is_wrong_is_told_once(tmp_path):
+    (tmp_path / "c.yaml").write_text("output_dir: runs/a\nstages: [{name: a, vreb: sft}]\n")
+    message = fault("pipeline", tmp_path / "c.yaml")
+    assert "vreb: unknown key; did you mean 'verb'" in message and "at least" not in message
+    (tmp_path / "c.yaml").write_text("output_dir: runs/a\nstages: []\n")
+    assert "stages: at least 1 needed, got 0; add more" in fault("pipeline", tmp_path / "c.yaml")
 
 
 def test_build_takes_a_shape_from_a_file_with_overrides_on_top(work, tmp_path):

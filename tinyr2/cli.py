@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 from typer.core import TyperGroup
 
 from tinyr2 import __version__
-from tinyr2.core.config import Config
+from tinyr2.core.config import Config, nearest
 from tinyr2.core.errors import ConfigError, UserError
 from tinyr2.models.presets import PRESETS
 
@@ -97,7 +97,7 @@ def main() -> None:
 @app.callback()
 def _root(context: typer.Context,
           version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """Build, distill and judge ultra-small reasoning models on one machine.
+    """Build, distill, reinforce and judge ultra-small reasoning models on one machine.
 
     Start with `tinyr2 quickstart`: no download, no GPU, minutes.
     """
@@ -227,8 +227,9 @@ def reinforce(config: ConfigFile, overrides: Overrides = None, resume: Resume = 
     trains a reward model on them.
 
     \b
-    Example:
-      tinyr2 reinforce examples/reinforce.yaml algorithm=dapo output_dir=runs/dapo
+    Examples:
+      tinyr2 reinforce examples/gsm8k/reinforce.yaml algorithm=dapo output_dir=runs/dapo
+      tinyr2 reinforce examples/dpo.yaml train.max_steps=100
     """
     _train("reinforce", config, overrides, resume=resume, overwrite=overwrite, json=json)
 
@@ -251,27 +252,29 @@ def pipeline(config: ConfigFile, overrides: Overrides = None, resume: Resume = F
 
     settings = configs.load(PipelineConfig, config, overrides or ())
     with _console(json) as console:
-        result = recipe(settings, console, _recipes(), resume=resume, overwrite=overwrite)
-        console.result(result)
-    if result["ending"] == "halted":
-        raise typer.Exit(HALTED)
+        _end(recipe(settings, console, _recipes(), resume=resume, overwrite=overwrite), console)
 
 
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face model folder or hub name.")],
-    data: Annotated[str, typer.Option(help="A .jsonl or .parquet file, or a hub id.")],
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .parquet file, or a hub id.")] = None,
+    task: Annotated[str | None, typer.Option(
+        metavar="TASK", help="In place of data: countdown, signed_sums or reasoning_gym/NAME, generated here.")] = None,
+    option: Annotated[list[str] | None, typer.Option(
+        metavar="KEY=VALUE", help="How hard the task is, e.g. numbers=4. Repeatable.")] = None,
     name: Annotated[str | None, typer.Option(help="A hub dataset's configuration.")] = None,
-    split: Annotated[str | None, typer.Option(help="A hub dataset's split.  [default: train]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    split: Annotated[str | None, typer.Option(
+        help="A hub dataset's split, or train or held_out of a task.  [default: train]")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows; of a task, how many problems.")] = None,
     column: Annotated[list[str] | None, typer.Option(
         metavar="OURS=THEIRS", help="What the data calls prompt, completion, messages, answer. Repeatable.")] = None,
     answer_after: Annotated[str | None, typer.Option(
         metavar="TEXT", help="The gold answer follows this in the answer column, as #### does in GSM8K.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn before every prompt.")] = None,
     reward: Annotated[list[str] | None, typer.Option(
-        metavar="REWARD", help="exact_answer, or your own as file.py:function. Repeatable.  [default: "
-                               "exact_answer]")] = None,
+        metavar="REWARD", help="By name (exact_answer, accuracy, countdown, think_format, …), or your own as "
+                               "file.py:function; their sum is graded. Repeatable.  [default: exact_answer]")] = None,
     n: Annotated[int | None, typer.Option("-n", help="Answers to each problem.  [default: 1]")] = None,
     k: Annotated[list[int] | None, typer.Option("-k", help="Of pass@k and maj@k. Repeatable.  [default: 1]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; 0 is greedy.  [default: 0]")] = None,
@@ -291,18 +294,22 @@ def evaluate(
       tinyr2 eval runs/opd/final --data test.jsonl
       tinyr2 eval MODEL --data openai/gsm8k --name main --split test --column prompt=question \\
         --answer-after '####' -n 8 -k 1 -k 8 --temperature 0.7
+      tinyr2 eval runs/dapo/final --task countdown --split held_out --limit 1024 --reward countdown
     """
     from tinyr2.core import config as configs
     from tinyr2.recipes.evaluate import EvaluateConfig, evaluate_model
 
+    _exactly_one({"--data": data, "--task": task})
+    if option and task is None:
+        raise ConfigError(f"--option {option[0]}: options are a task's; leave it out, or give --task")
     raw = {"model": {"path": model}, "device": device, "data": _given(
-        path=data, name=name, split=split, limit=limit, answer_after=answer_after, system=system,
+        path=data, task=task, options=configs.apply({}, option) if option else None, name=name, split=split,
+        limit=limit, answer_after=answer_after, system=system,
         columns=dict(_pair(c, "=", "--column prompt=question") for c in column or ())), "eval": _given(
         num_generations=n, k=k or None, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         max_completion_length=max_completion_length, seed=seed)}
     if reward:
-        raw["rewards"] = [{"name": r} if r == "exact_answer" else dict(zip(("file", "function"), _pair(
-            r, ":", "--reward exact_answer or --reward my.py:score"), strict=True)) for r in reward]
+        raw["rewards"] = [_reward(r) for r in reward]
     settings = configs.build(EvaluateConfig, raw, "tinyr2 eval")
     with _console(json) as console:
         console.result(evaluate_model(settings, console, out=out))
@@ -311,22 +318,26 @@ def evaluate(
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", show_default=False, help=(
-        "What `tinyr2 sft` or `tinyr2 distill` would be given; without it, only the machine is looked at."))] = None,
+        "What `tinyr2 sft`, `distill`, `reinforce` or `pipeline` would be given; without it, only the machine is "
+        "looked at."))] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Look at the machine, and for every mistake in a config.
 
-    Nothing is trained and nothing written. Exit code 2 where there are faults.
+    Nothing is trained and nothing written. Exit code 2 where there are faults. Of a pipeline, what waits for an
+    earlier stage is looked at once that is there.
 
     \b
-    Example:
+    Examples:
+      tinyr2 doctor
       tinyr2 doctor examples/gsm8k/distill.yaml train.max_steps=500
+      tinyr2 doctor examples/pipelines/r1.yaml
     """
     from tinyr2.recipes.doctor import doctor as recipe
 
     with _console(json) as console:
-        found = recipe(config, overrides or (), console)
+        found = recipe(config, overrides or (), console, _recipes())
         console.result(found)
     if found["faults"]:
         raise typer.Exit(USER)
@@ -363,13 +374,14 @@ def list_(folder: Annotated[Path, typer.Argument(help="Where to look, however de
 
 @runs_app.command()
 def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")], json: Json = False) -> None:
-    """Go on with a run from its newest checkpoint.
+    """Go on with a run from its newest checkpoint, or with a pipeline from the stage it was in.
 
     Its settings are those in its folder, which may have moved; paths in them hold from where it was started.
 
     \b
-    Example:
+    Examples:
       tinyr2 runs resume runs/opd
+      tinyr2 runs resume runs/r1
     """
     from tinyr2.recipes.runs import resume_run
 
@@ -449,6 +461,18 @@ def _exactly_one(options: Mapping[str, Any]) -> None:
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given; the others have their defaults in the configs."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _reward(text: str) -> dict[str, str]:
+    """`--reward` as a config has it."""
+    from tinyr2.rewards.named import Name
+
+    known = get_args(Name)
+    if text in known:
+        return {"name": text}
+    hint = nearest(text, known)
+    example = f"--reward {hint or known[0]} or --reward my.py:score (by name there are {', '.join(known)})"
+    return dict(zip(("file", "function"), _pair(text, ":", example), strict=True))
 
 
 def _pair(text: str, sign: str, example: str) -> tuple[str, str]:

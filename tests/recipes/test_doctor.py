@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import BertConfig, GPT2Config, Qwen3Config, Qwen3ForCausalLM, T5Config
 
+from tinyr2 import cli
 from tinyr2.core.config import build
 from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.core.types import Message, Problem
@@ -19,14 +20,18 @@ from tinyr2.models.load import ModelConfig, save_model
 from tinyr2.recipes import check_data, checks, distill, sft
 from tinyr2.recipes.checks import check_training
 from tinyr2.recipes.distill import checked_inputs
-from tinyr2.recipes.doctor import as_line, doctor, examine, machine_lines, read_config
+from tinyr2.recipes.doctor import as_line, doctor, examine, machine_lines, read_config, verb_of
 from tinyr2.recipes.findings import Finding, ModelFiles, Part, Reader, Setup, fault_of, raise_faults
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.recipes.setup import StudentConfig
 from tinyr2.report.console import Console
+from tinyr2.rewards.grade import RewardConfig, RewardFunction
+from tinyr2.rewards.learned import RewardModel, RewardModelOptions
 from tinyr2.tokens.build import CHATML, COMPACT, train_tokenizer
 from tinyr2.train.loop import TrainConfig
 
+EXACT = RewardConfig(name="exact_answer")
+VERBS = cli._recipes()
 TEXTS = [f"what is {a} + {b}? it is {a + b}." for a in range(12) for b in range(12)]
 
 
@@ -279,9 +284,9 @@ def test_characters_that_the_tokenizer_lacks_are_a_warning(sound):
 
 def test_answers_that_a_built_in_reward_needs_are_a_fault_if_all_lack_and_a_warning_if_some(sound):
     lacking = [problem(i, answer=None) for i in range(3)]
-    fault = only(data(sound, problems=lacking, needs_answers=True), "fault", "data.answers")
+    fault = only(data(sound, problems=lacking, rewards=(EXACT,)), "fault", "data.answers")
     assert "3 of 3 problems have no answer" in fault.what and "data.columns={answer: its_name}" in fault.cure
-    warning = only(data(sound, problems=[*lacking, problem(3)], needs_answers=True), "warn", "data.answers")
+    warning = only(data(sound, problems=[*lacking, problem(3)], rewards=(EXACT,)), "warn", "data.answers")
     assert "3 of 4" in warning.what
 
 
@@ -407,6 +412,175 @@ def test_a_best_model_without_an_evaluation_is_a_fault_and_a_rhythm_without_one_
     assert "set it to 0" in only(replace(sound, train=TrainConfig(eval_steps=5)), "warn", "train.eval_steps").cure
 
 
+# --- reference and critic
+
+
+def reference(setup: Setup, **changes) -> Setup:
+    return replace(setup, reference=replace(setup.teacher, key="reference", source=ModelConfig(path="ref"), **changes))
+
+
+def critic(setup: Setup, **changes) -> Setup:
+    changes = {"key": "value", "source": ModelConfig(path="judge")} | changes
+    return replace(setup, critic=replace(setup.teacher, **changes))
+
+
+@pytest.mark.parametrize("add, key, role", [(reference, "reference", "reference"), (critic, "value", "critic")])
+def test_a_reference_or_critic_with_another_tokenizer_is_a_fault(sound, add, key, role):
+    assert {f.level for f in check_training(add(sound))} == {"ok"}
+    fault = only(add(sound, tokenizer=tokenizer_of(vocab_size=32)), "fault", f"{key}.tokenizer")
+    assert f"the {role} reads the policy's ids" in fault.what and "tokens are the policy's alone" in fault.what
+    assert f"take a {role} with the tokenizer of {sound.student.source.path}" == fault.cure
+
+
+@pytest.mark.parametrize("add, key", [(reference, "reference"), (critic, "value")])
+def test_a_reference_or_critic_must_have_every_id_that_the_policy_writes_padding_too(sound, tokenizer, add, key):
+    n, eos = len(tokenizer), tokenizer.eos_token_id
+    wide = teacher(student(sound, config=config_of(n + 8, eos_token_id=eos)), config=config_of(n + 8))
+    fault = only(add(wide, config=config_of(n + 7)), "fault", f"{key}.vocabulary")
+    assert f"has {n + 7} ids, the policy writes {n + 8}" in fault.what
+    assert f"resize_token_embeddings({n + 8})" in fault.cure
+    assert {f.level for f in check_training(add(wide, config=config_of(n + 8)))} == {"ok"}
+    # student and teacher are cropped to n, and nothing beyond it is read
+    assert {f.level for f in check_training(add(teacher(wide, config=config_of(n)), config=config_of(n)))} == {"ok"}
+
+
+def test_the_window_of_a_critic_counts(sound, tokenizer):
+    warning = only(data(critic(sound, config=config_of(len(tokenizer), max_position_embeddings=24)),
+                        problems=[problem(0, "1" * 10)]), "warn", "data.room")
+    assert warning.what.startswith("the critic would read past the context of the critic (24 tokens)")
+
+
+def test_a_critic_of_a_class_that_gives_no_single_number_is_a_fault(sound, tokenizer):
+    three = config_of(len(tokenizer), architectures=["Qwen3ForSequenceClassification"], num_labels=3)
+    fault = only(critic(sound, config=three), "fault", "value.class")
+    assert "3 labels" in fault.what and "reward model, or null" in fault.cure
+    three.num_labels = 1
+    assert {f.level for f in check_training(critic(sound, config=three))} == {"ok"}
+    bert = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16, max_position_embeddings=64)
+    fault = next(f for f in check_training(critic(sound, config=bert)) if f.level == "fault")
+    assert fault.name == "value.class" and "no plain linear `score`" in fault.what and "qwen3" in fault.cure
+
+
+def test_a_critic_is_in_every_checkpoint_with_its_moments_and_finished_once(sound, monkeypatch):
+    parameters = sum(p.numel() for p in Qwen3ForCausalLM(sound.student.config).parameters())
+    judge = parameters + 16  # the head is tied; a score reads 16 states
+    own = critic(sound, source=sound.student.source)  # begins as the policy
+    need = 1.2 * 4 * (3 * (parameters + judge) + parameters + judge)
+    monkeypatch.setattr(checks, "free_bytes", lambda path: need + 1)
+    assert f"trained parameters and the critic's {judge:,} and their moments" in well(own, "disk")
+    monkeypatch.setattr(checks, "free_bytes", lambda path: need - 1)
+    assert only(own, "fault", "disk").cure.startswith("free 0 MiB")
+
+
+# --- rewards
+
+
+def rewarded(setup: Setup, *rewards: dict, problems: list[Problem] | None = None, **more) -> Setup:
+    changes = {"problems": problems} if problems is not None else {}
+    return data(setup, rewards=tuple(RewardConfig(**r) for r in rewards), **changes, **more)
+
+
+COUNT = problem(0, answer=None)
+NUMBERS = replace(COUNT, columns={"numbers": [1, 2], "target": 3})
+
+
+@pytest.mark.parametrize("name, options", [("accuracy", {}), ("cosine", {"max_length": 9}), ("exact_answer", {}),
+                                           ("cosine", {"max_length": 9, "verdict": "accuracy"})])
+def test_a_reward_that_compares_needs_answers_whatever_stands_beside_it(sound, name, options):
+    own = {"file": "g.py", "function": "f"}
+    blind = rewarded(sound, own, {"name": name, "options": options}, problems=[COUNT])
+    assert f"which {name} needs" in only(blind, "fault", "data.answers").what
+
+
+@pytest.mark.parametrize("name", ["think_format", "language", "repetition"])
+def test_a_reward_that_compares_with_nothing_needs_no_answers(sound, name):
+    assert well(rewarded(sound, {"name": name}, problems=[COUNT]), "data").startswith("1 problems")
+
+
+@pytest.mark.parametrize("reward", [{"name": "countdown"},
+                                    {"name": "cosine", "options": {"max_length": 9, "verdict": "countdown"}}])
+def test_countdown_needs_its_numbers_and_a_target_or_an_answer(sound, reward):
+    assert well(rewarded(sound, reward, problems=[NUMBERS]), "data")
+    answered = replace(NUMBERS, answer="3", columns={"numbers": [1, 2]})
+    assert well(rewarded(sound, reward, problems=[answered]), "data")
+    fault = only(rewarded(sound, reward, problems=[replace(answered, columns={})]), "fault", "data.numbers")
+    assert "1 of 1 problems have no column `numbers`" in fault.what and "column `numbers` of data.jsonl" in fault.cure
+    text = replace(answered, columns={"numbers": "1 2"})
+    assert "2 problems" in only(rewarded(sound, reward, problems=[text, replace(answered, id="x")]), "warn",
+                                "data.numbers").what
+    blind = replace(NUMBERS, columns={"numbers": [1, 2]})
+    assert "`target` (or an answer in its place)" in only(rewarded(sound, reward, problems=[blind]), "fault",
+                                                          "data.target").what
+
+
+def test_only_the_problems_of_a_rewards_tasks_need_what_it_compares_with(sound):
+    other = replace(COUNT, id="o", task="chat")
+    setup = rewarded(sound, {"name": "exact_answer", "tasks": ["data"]}, {"name": "think_format", "tasks": ["chat"]},
+                     problems=[problem(0), other])
+    assert {f.level for f in check_training(setup)} == {"ok"}
+
+
+def test_a_rewards_task_that_no_problem_has_is_a_fault_with_the_nearest(sound):
+    fault = only(rewarded(sound, {"name": "exact_answer", "tasks": ["dta"]}), "fault", "rewards.tasks")
+    assert fault.what == "exact_answer: no problem is of the task 'dta'"
+    assert fault.cure == "did you mean 'data'? the data has data"
+
+
+def test_problems_whose_task_no_reward_is_for_are_a_warning_and_a_fault_where_it_is_all(sound):
+    reward = {"name": "think_format", "tasks": ["data"]}
+    other = replace(problem(9), id="o", task="chat")
+    warning = only(rewarded(sound, reward, problems=[problem(0), other]), "warn", "data.rewards")
+    assert "1 of 2 problems are of a task that no reward is for, chat (o)" in warning.what and "`tasks`" in warning.cure
+    held_out = Part(key="eval_data", path="eval.jsonl", problems=[other], rewards=(RewardConfig(**reward),))
+    setup = rewarded(sound, reward)
+    fault = only(replace(setup, parts=(*setup.parts, held_out)), "fault", "eval_data.rewards")
+    assert "1 of 1" in fault.what and "eval.jsonl" in fault.cure
+
+
+def test_a_column_that_a_users_function_asks_for_and_no_row_has_is_a_fault(sound):
+    def score(completions, difficulty, scale=2, **kwargs):
+        return []
+
+    asking = replace(sound, rewards=(RewardFunction(name="score", weight=1.0, call=score),))
+    fault = only(asking, "fault", "rewards.score")
+    assert "the column 'difficulty', which no row of data.jsonl has" in fault.what
+    near = data(asking, problems=[replace(problem(0), columns={"dificulty": 1})])
+    assert "did you mean 'dificulty'?" in only(near, "fault", "rewards.score").cure
+    assert well(data(asking, problems=[replace(problem(0), columns={"difficulty": 1})]), "data")
+
+
+def judged_by(setup: Setup, tokenizer) -> Setup:
+    """With a reward model that has this tokenizer."""
+    model = RewardModel(RewardModelOptions(path="judge"), config_of(len(tokenizer)), tokenizer)
+    return replace(setup, rewards=(RewardFunction(name="reward_model", weight=1.0, call=model),))
+
+
+def test_a_reward_model_reads_text_and_its_differences_are_told_but_are_no_fault(sound):
+    assert well(judged_by(sound, sound.student.tokenizer), "rewards.reward_model") == (
+        "reads text through its own tokenizer and chat template, which are the student's too")
+    told = well(judged_by(sound, tokenizer_of(vocab_size=300, alphabet="bytes")), "rewards.reward_model")
+    assert told.startswith("reads text through its own tokenizer and chat template, which differ from the student's: ")
+    assert "vocabulary alone" in told
+
+
+def test_characters_that_a_reward_models_tokenizer_lacks_are_a_warning(sound):
+    digits = train_tokenizer(["0123456789"], vocab_size=32, alphabet="corpus")
+    warning = only(judged_by(sound, digits), "warn", "rewards.reward_model.unknown")
+    assert "5 of 5 problems" in warning.what and "<unk>" in warning.what and "`bytes`" in warning.cure
+
+
+def test_a_reward_model_whose_template_cannot_write_the_problems_is_a_fault_and_some_of_them_a_warning(sound):
+    system = (Message("system", "it is."), Message("user", "what is 1 + 2?"))
+    strict = tokenizer_of(chat_template="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}"
+                                        "{% endif %}" + COMPACT)
+    odd = replace(problem(7), messages=system)
+    some = only(judged_by(data(sound, problems=[problem(0), odd]), strict), "warn", "rewards.reward_model.template")
+    assert "cannot write 1 of 2 problems" in some.what and "first is data:7" in some.what and some.cure
+    every = only(judged_by(data(sound, problems=[odd]), strict), "fault", "rewards.reward_model.template")
+    assert "1 of 1" in every.what
+
+
 # --- how faults are told
 
 
@@ -450,7 +624,10 @@ def files(folder, tmp_path) -> SimpleNamespace:
         folder=tmp_path, data=path,
         distill=shared | {"student": {"path": str(folder)}, "teacher": {"path": str(folder)},
                           "rollout": {"max_completion_length": 16}},
-        sft=shared | {"model": {"path": str(folder)}})
+        sft=shared | {"model": {"path": str(folder)}},
+        reinforce=shared | {"algorithm": "grpo", "model": {"path": str(folder)}, "rewards": [{"name": "exact_answer"}],
+                            "rollout": {"max_completion_length": 16}},
+        dpo={"algorithm": "dpo"} | shared | {"model": {"path": str(folder)}})
 
 
 def write(files: SimpleNamespace, raw: dict) -> Path:
@@ -463,13 +640,18 @@ def consult(files: SimpleNamespace, raw: dict, *overrides: str) -> tuple[dict, s
     """(result, printed text) of the verb."""
     stream = io.StringIO()
     with Console(plain=True, stream=stream) as console:
-        return doctor(write(files, raw), overrides, console), stream.getvalue()
+        return doctor(write(files, raw), overrides, console, VERBS), stream.getvalue()
 
 
-@pytest.mark.parametrize("verb", ["distill", "sft"])
-def test_a_config_that_works_has_no_faults_and_nothing_is_written(files, verb):
+@pytest.mark.parametrize("verb, overrides", [
+    ("distill", ()), ("sft", ()), ("reinforce", ()), ("reinforce", ("algorithm=ppo",)),
+    ("reinforce", ("algorithm=vapo", "value.trunk=shared", "value.pretrain_steps=0")), ("dpo", ()),
+    ("dpo", ("algorithm=rm",))])
+def test_a_config_that_works_has_no_faults_and_nothing_is_written(files, verb, overrides):
+    if verb == "dpo":
+        files.data.write_text('{"prompt": "what is 1 + 2?", "chosen": "it is 3.", "rejected": "it is 4."}\n')
     raw = getattr(files, verb)
-    result, printed = consult(files, raw)
+    result, printed = consult(files, raw, *overrides)
     assert (result["faults"], result["warnings"]) == (0, 0)
     assert json.loads(json.dumps(result))["machine"]["versions"]["torch"] == metadata.version("torch")
     assert "ok    disk: about" in printed and "config.yaml: faults 0, warnings 0" in printed
@@ -518,18 +700,82 @@ def test_a_run_folder_that_is_taken_is_a_warning_naming_resume_and_overwrite(fil
     assert "warn  output_dir:" in printed and "--resume" in printed and "--overwrite" in printed
 
 
-def test_a_config_of_neither_verb_is_an_error_that_names_the_keys(files):
-    with pytest.raises(ConfigError, match="no key `student`.*no key `model`.*it has data, teacher.*tinyr2 sft"):
-        read_config(write(files, {"data": {"path": "x"}, "teacher": {"path": "y"}}), ())
+def test_a_config_of_no_verb_is_an_error_that_names_the_keys(files):
+    with pytest.raises(ConfigError, match="no key `student`.*no key `model`.*no key `stages`.*it has data, teacher; "
+                                          "give the file that `tinyr2 sft`, `tinyr2 distill`, `tinyr2 reinforce` or "
+                                          "`tinyr2 pipeline`"):
+        read_config(write(files, {"data": {"path": "x"}, "teacher": {"path": "y"}}), (), VERBS)
     with pytest.raises(ConfigError, match="no such config file"):
-        read_config(files.folder / "gone.yaml", ())
+        read_config(files.folder / "gone.yaml", (), VERBS)
     with pytest.raises(ConfigError, match="studnt.*|student.pth: unknown key; did you mean 'path'"):
-        read_config(write(files, files.distill | {"student": {"pth": "x"}}), ())
+        read_config(write(files, files.distill | {"student": {"pth": "x"}}), (), VERBS)
+
+
+@pytest.mark.parametrize("keys, verb", [
+    ({"student", "teacher", "data", "rewards", "rollout"}, "distill"), ({"model", "data"}, "sft"),
+    ({"model", "data", "eval_data", "rewards", "train", "eval"}, "sft"), ({"model", "rewards", "rollout"}, "reinforce"),
+    ({"model", "rewards", "teacher", "opd"}, "reinforce"), ({"algorithm"}, "reinforce"), ({"stages"}, "pipeline"),
+    ({"stages", "model"}, "pipeline"), ({"data", "teacher"}, None), (set(), None)])
+def test_the_keys_of_a_config_tell_its_verb(keys, verb):
+    assert verb_of(dict.fromkeys(keys)) == verb
+
+
+def test_an_algorithm_that_learns_from_pairs_is_a_verb_of_its_own():
+    assert [verb_of({"model": {}, "algorithm": name}) for name in ("dpo", "rm", "grpo")] == ["dpo", "rm", "reinforce"]
+
+
+@pytest.mark.parametrize("overrides, name, what", [
+    (("reference.path=/gone",), "reference", "no such model folder"),
+    (("algorithm=ppo", "value.path=/gone"), "value", "no such model folder"),
+    (("sampling.adapt={mix: {dta: 1.0}}",), "sampling.adapt", "no problem is of 'dta'"),
+    (("rewards=[{name: exact_answer, tasks: [dat]}]",), "rewards.tasks", "no problem is of the task 'dat'"),
+    (("rewards=[{name: countdown}]",), "data.numbers", "no column `numbers`"),
+])
+def test_what_is_wrong_with_a_reinforcement_is_known_before_any_compute(files, overrides, name, what):
+    result, _ = consult(files, files.reinforce, *overrides)
+    (fault,) = [f for f in result["findings"] if f["level"] == "fault"]
+    assert fault["name"] == name and what in fault["what"] and fault["cure"]
+
+
+def test_rewards_to_measure_by_are_read_too(files):
+    missing = (f"eval_data={{path: {files.data}}}", "eval_rewards=[{file: gone.py, function: f}]")
+    result, _ = consult(files, files.reinforce, *missing)
+    assert [f["name"] for f in result["findings"] if f["level"] == "fault"] == ["eval_rewards"]
+
+
+def pipeline_of(files) -> dict:
+    sft_stage = {k: v for k, v in files.sft.items() if k != "output_dir"}
+    later = sft_stage | {"model": {"path": "stage:cold"}}
+    return {"output_dir": files.sft["output_dir"], "stages": [
+        {"name": "cold", "verb": "sft", "config": sft_stage}, {"name": "more", "verb": "sft", "config": later}]}
+
+
+def test_a_pipelines_stages_are_checked_as_far_as_what_they_read_is_there(files, folder):
+    result, printed = consult(files, pipeline_of(files))
+    assert result["faults"] == 0
+    assert "ok    stage cold: student.eos" not in printed and "ok    stage cold: model.eos: answers end with" in printed
+    assert "ok    stage more: the settings of sft fit; the rest is checked once stage:cold is there" in printed
+    shutil.copytree(folder, files.folder / "run/cold/final")
+    assert "ok    stage more: model.eos: answers end with" in consult(files, pipeline_of(files))[1]
+
+
+@pytest.mark.parametrize("override, name, what", [
+    ("stages.1.config.model.path=stage:cld", "stage more (sft)", "stage:cld: no stage of that name comes before"),
+    ("stages.1.config.modl=1", "stage more (sft)", "modl: unknown key"),
+    ("stages.1.verb=sfd", "stage more", "no verb 'sfd'"),
+    ("stages.1.config.data.path=gone.jsonl", "stage more", "gone.jsonl: no such file"),
+    ("stages.0.config.data.path=gone.jsonl", "stage cold: data", "gone.jsonl: no such file"),
+    ("compare={data: {path: gone.jsonl}}", "compare", "gone.jsonl: no such file"),
+])
+def test_what_is_wrong_with_a_stage_is_a_fault_that_names_it(files, override, name, what):
+    result, _ = consult(files, pipeline_of(files), override)
+    (fault,) = [f for f in result["findings"] if f["level"] == "fault"]
+    assert fault["name"] == name and fault["what"].startswith(what) and fault["cure"]
 
 
 def test_without_a_config_the_machine_is_described(capsys):
     with Console(plain=True) as console:
-        result = doctor(None, (), console)
+        result = doctor(None, (), console, VERBS)
     assert (result["findings"], result["faults"], result["config"]) == ([], 0, None)
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__.partition('+')[0]}" in printed and "MiB free" in printed
@@ -580,8 +826,8 @@ def test_a_training_verb_tells_each_warning_once_and_goes_on(files, recipe, conf
 
 
 def test_what_the_doctor_examines_is_what_the_verb_checks(files):
-    config = read_config(write(files, files.sft), ["data.path=gone.jsonl"])
-    assert [f.line for f in examine(config) if f.level == "fault"] == [
+    config = read_config(write(files, files.sft), ["data.path=gone.jsonl"], VERBS)
+    assert [f.line for f in examine(config, VERBS) if f.level == "fault"] == [
         f.line for f in check_training(sft.read_setup(config)) if f.level == "fault"]
 
 

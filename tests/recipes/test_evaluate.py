@@ -86,6 +86,28 @@ def test_data_without_answers_is_refused_before_any_model_is_loaded(folder, tmp_
         run(folder, data={"path": str(tmp_path / "d.jsonl")})
 
 
+@pytest.mark.parametrize(("reward", "message"), [
+    ("accuracy", "no row has an answer"), ("cosine", "no row has an answer"),
+    ("countdown", "no row has a column `numbers`, which countdown needs; fill it in, measure on --task countdown")])
+def test_what_a_named_reward_compares_with_must_be_there(folder, tmp_path, reward, message):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1="}\n')
+    with pytest.raises(DataError, match=message):
+        run(folder, {"name": reward}, data={"path": str(tmp_path / "d.jsonl")})
+
+
+def test_a_reward_that_compares_with_nothing_is_measured_without_answers(folder, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "1+1="}\n')
+    result, _ = run(folder, {"name": "repetition"}, data={"path": str(tmp_path / "d.jsonl")})
+    assert (result["undecided"], result["pass@1"]) == (0, 0.0)
+
+
+def test_a_length_reward_takes_its_limit_from_the_longest_answer(folder):
+    # every answer is cut off at 4 tokens, where the soft punishment is -1; a limit of its own is not reached
+    assert run(folder, {"name": "soft_overlong"}, threshold=-0.5)[0]["pass@1"] == 0.0
+    own = {"name": "soft_overlong", "options": {"max_length": 99}}
+    assert run(folder, own, threshold=-0.5)[0]["pass@1"] == 1.0
+
+
 def test_an_out_that_cannot_be_written_is_refused_before_any_compute(folder, tmp_path):
     with pytest.raises(ConfigError, match="give a file in a folder that is there"):
         run(folder, out=tmp_path / "nowhere" / "e.json")

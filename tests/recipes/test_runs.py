@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tinyr2.core.config import Config, dump
 from tinyr2.core.errors import ConfigError, RunError
 from tinyr2.core.files import single_writer
+from tinyr2.recipes import runs
 from tinyr2.recipes.runs import list_runs, resume_run
 from tinyr2.report.console import Console
 
@@ -126,10 +128,48 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert {p.name: (p.read_bytes(), os.stat(p).st_mtime_ns) for p in run.iterdir()} == before
 
 
+def pipeline_run(folder: Path, written: str | None = None) -> Path:
+    """A pipeline that was stopped in its second stage."""
+    make(folder, ending="stopped", verb="pipeline", rows=())
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump({
+        "output_dir": written or str(folder), "stages": [{"name": "a", "verb": "sft"}, {"name": "b", "verb": "sft"}]}))
+    (folder / "pipeline.json").write_text(json.dumps({"stages": {"a": {}}, "measured": {}}))
+    return folder
+
+
+def test_a_pipeline_is_resumed_with_the_verbs_and_its_row_counts_stages(tmp_path, monkeypatch):
+    run, calls = pipeline_run(tmp_path / "p"), []
+    monkeypatch.setattr(runs, "pipeline", lambda config, console, **options: calls.append((config, options)) or {})
+    verbs = {"sft": (Settings, None)}
+    resume_run(run, quiet(), verbs)
+    ((config, options),) = calls
+    assert [s.name for s in config.stages] == ["a", "b"] and options == {"verbs": verbs, "resume": True}
+    row = listed(tmp_path)[0]["p"]
+    assert (row["verb"], row["status"], row["step"], row["max_steps"]) == ("pipeline", "stopped", 1, 2)
+
+
+def test_a_pipelines_folder_is_called_as_it_was_when_it_was_started(tmp_path, monkeypatch):
+    # its stages have noted paths below it; by another name they would be other settings
+    calls = []
+    monkeypatch.setattr(runs, "pipeline", lambda config, console, **options: calls.append(config.output_dir) or {})
+    run = pipeline_run(tmp_path / "p", written="p")
+    (run / "env.json").write_text(json.dumps({"verb": "pipeline", "cwd": str(tmp_path)}))
+    resume_run(run, quiet(), {})
+    resume_run(Path(shutil.move(run, tmp_path / "q")), quiet(), {})
+    assert calls == ["p", str(tmp_path / "q")]
+
+
+def test_a_stage_of_a_verb_that_only_pipelines_have_names_the_pipeline(tmp_path):
+    run = pipeline_run(tmp_path / "p")
+    make(run / "b", ending="stopped", verb="reject")
+    with pytest.raises(RunError, match=f"'reject' cannot be resumed.*resume the pipeline that it is a stage of: {run}"):
+        resume_run(run / "b", quiet(), {"sft": (Settings, None)})
+
+
 def test_what_cannot_be_resumed_is_named(tmp_path):
     with pytest.raises(RunError, match="no run to resume here"):
         resume_run(tmp_path, quiet(), {})
-    with pytest.raises(RunError, match="'quickstart' cannot be resumed, only one of sft"):
+    with pytest.raises(RunError, match="'quickstart' cannot be resumed, only one of sft, pipeline; start it anew"):
         resume_run(make(tmp_path / "q", verb="quickstart"), quiet(), {"sft": (Settings, None)})
     edited = make(tmp_path / "e", ending="stopped")
     (edited / "config.resolved.yaml").write_text("trian: {}\n")

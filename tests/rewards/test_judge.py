@@ -1,6 +1,9 @@
+import os
+
 import pytest
 
-pytest.importorskip("math_verify")
+if not os.environ.get("CI"):  # there a missing package is a failure: the import below raises
+    pytest.importorskip("math_verify")
 sympy = pytest.importorskip("sympy")
 
 from tinyr2.rewards.judge import alike, equal  # noqa: E402 (it imports math-verify)

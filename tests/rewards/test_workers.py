@@ -155,7 +155,8 @@ def test_workers_end_when_nobody_holds_them_any_more(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("question", [("x+1", "1+x"), ("5", "9999999999!")], ids=["idle", "busy inside C"])
 def test_judges_end_when_the_parent_is_killed(question):
-    pytest.importorskip("math_verify")
+    if not os.environ.get("CI"):  # there a missing package is a failure
+        pytest.importorskip("math_verify")
     program = (f"import threading, time\nfrom tinyr2.rewards.workers import Workers\npool = Workers(1, 0.4)\n"
                f"pool.ask([('x', 'x')])\npid = pool._workers[0]._process.pid\n"
                f"threading.Thread(target=pool.ask, args=([{question!r}],), daemon=True).start()\n"

@@ -93,7 +93,10 @@ def build(model: type[T], raw: dict, where: str) -> T:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        faults = [_fault(model, e) for e in error.errors()]
+        found = error.errors()
+        # a list whose only element is at fault counts as empty: that is said once
+        faults = [_fault(model, e) for e in found if e["type"] != "too_short" or not any(
+            other is not e and other["loc"][:len(e["loc"])] == e["loc"] for other in found)]
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {f}" for f in faults)) from error
 
 
@@ -143,6 +146,8 @@ def _fault(model: type[BaseModel], error) -> str:
         return f"{name}: unknown key; {cure}known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name}: missing; add it to the file or give {name}=… on the command line"
+    if error["type"] == "too_short":
+        return f"{name}: at least {error['ctx']['min_length']} needed, got {error['ctx']['actual_length']}; add more"
     got = "" if isinstance(error.get("input"), dict) else f" (got {error.get('input')!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{name}: {message}{got}" if name else message

@@ -26,7 +26,7 @@ _SHOWN = 3  # problem ids in a message
 class Window:
     """The most tokens that a model reads."""
 
-    key: str  # of the model, in the config
+    key: str  # of the model: student, model, teacher, reference or critic
     tokens: int
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def check_part(part: Part, tokenizer: PreTrainedTokenizerBase | None, window: Wi
     """Everything about the problems of `part`; without a usable tokenizer, what needs no tokens."""
     if not part.problems:
         return []
-    found = [*_check_columns(part), *_check_ids(part)]
+    found = [*_check_columns(part), *_checkids_of(part)]
     if tokenizer is None:
         return found
     chosen = looked_at(part)
@@ -110,6 +110,13 @@ def check_prompts_alike(part: Part, student: PreTrainedTokenizerBase,
             return
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that characters become which the tokenizer does not know; None where it knows all."""
+    unknown = tokenizer.unk_token_id
+    # GPT-2 names its end of text here, and knows every byte
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id) else unknown
+
+
 def held_out_overlap(parts: Sequence[Part]) -> Iterator[Finding]:
     """Whether problems to measure by are problems to learn from."""
     trained = {_question(p) for p in parts[0].problems}
@@ -117,7 +124,7 @@ def held_out_overlap(parts: Sequence[Part]) -> Iterator[Finding]:
         same = [p for p in part.problems if _question(p) in trained]
         if same:
             yield Finding("warn", f"{part.key}.overlap", f"{len(same):,} of {len(part.problems):,} held-out prompts "
-                          f"are also in {parts[0].key} ({_ids(same)}), so the evaluation flatters",
+                          f"are also in {parts[0].key} ({ids_of(same)}), so the evaluation flatters",
                           f"take them out of {part.path} or {parts[0].path}")
 
 
@@ -126,23 +133,16 @@ def _check_columns(part: Part) -> Iterator[Finding]:
     unsolved = [p for p in part.problems if not p.completion]
     if part.completions == "needed" and unsolved:
         yield Finding("fault", f"{part.key}.completions", f"{len(unsolved):,} of {len(part.problems):,} problems have "
-                      f"no completion to learn from ({_ids(unsolved)})",
+                      f"no completion to learn from ({ids_of(unsolved)})",
                       f"fill in the column `completion` of {part.path}, drop these rows, or name the column with "
                       f"{part.key}.columns={{completion: its_name}}")
-    unanswered = [p for p in part.problems if p.answer is None]
-    if part.needs_answers and unanswered:
-        every = len(unanswered) == len(part.problems)
-        yield Finding("fault" if every else "warn", f"{part.key}.answers", f"{len(unanswered):,} of "
-                      f"{len(part.problems):,} problems have no answer to grade by ({_ids(unanswered)})",
-                      f"fill in the column `answer` of {part.path}, or name the column with "
-                      f"{part.key}.columns={{answer: its_name}}")
     if part.wanted is not None and part.wanted > len(part.problems):
         yield Finding("fault", f"{part.key}.size", f"eval.num_problems asks for {part.wanted:,} problems, {part.path} "
                       f"has {len(part.problems):,}",
                       f"set eval.num_problems to {len(part.problems)} or less, or to null")
 
 
-def _check_ids(part: Part) -> Iterator[Finding]:
+def _checkids_of(part: Part) -> Iterator[Finding]:
     twice = [problem_id for problem_id, n in Counter(p.id for p in part.problems).items() if n > 1]
     if twice:
         yield Finding("warn", f"{part.key}.ids", f"problem ids that stand more than once: {len(twice):,} (first: "
@@ -169,20 +169,20 @@ def _check_empty(part: Part, rows: Sequence[_Row], seen: _Seen) -> Iterator[Find
     empty = [r.problem for r in rows if r.response is not None and len(r.response) <= 1]
     if empty:
         yield Finding("fault", f"{part.key}.completions", f"the loss mask is empty: {len(empty):,} of "
-                      f"{seen.of('completions')} render to no tokens but their end ({_ids(empty)})",
+                      f"{seen.of('completions')} render to no tokens but their end ({ids_of(empty)})",
                       f"drop these rows of {part.path}, fill in their completions, or mend chat_template.jinja where "
                       "it leaves them out")
 
 
 def _check_unknown(part: Part, rows: Sequence[_Row], seen: _Seen,
                    tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        return  # GPT-2 names its end of text here, and knows every byte
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return
     lost = [r.problem for r in rows if unknown in r.prompt or unknown in (r.response or ())]
     if lost:
         yield Finding("warn", f"{part.key}.unknown", f"{len(lost):,} of {seen.of('problems')} have characters that "
-                      f"the tokenizer does not know; they become {tokenizer.unk_token} ({_ids(lost)})",
+                      f"the tokenizer does not know; they become {tokenizer.unk_token} ({ids_of(lost)})",
                       f"train the tokenizer on texts like those of {part.path}, or with the alphabet `bytes`")
 
 
@@ -197,7 +197,7 @@ def _check_lengths(part: Part, rows: Sequence[_Row], seen: _Seen, window: Window
             continue
         size, longest = max((len(r.prompt) if long is full else r.size, r.problem.id) for r in long)
         yield Finding("fault", f"{part.key}.{name}", f"{len(long):,} of {what} {window}; the longest, {longest}, has "
-                      f"{size:,} ({_ids([r.problem for r in long])})",
+                      f"{size:,} ({ids_of([r.problem for r in long])})",
                       f"drop or shorten these rows of {part.path}, or take a {window.key} with a longer context")
 
 
@@ -209,9 +209,10 @@ def _check_room(part: Part, rows: Sequence[_Row], seen: _Seen, window: Window) -
     tight = [r for r in rows if len(r.prompt) < window.tokens < len(r.prompt) + limit]
     if tight:
         longest = max(len(r.prompt) for r in tight)
-        consequence = "the teacher would read past" if window.key == "teacher" else "answers will be cut at"
+        writes = window.key in ("student", "model")
+        consequence = "answers will be cut at" if writes else f"the {window.key} would read past"
         yield Finding("warn", f"{part.key}.room", f"{consequence} {window} for {len(tight):,} of {seen.of('prompts')} "
-                      f"({_ids([r.problem for r in tight])}): the longest has {longest:,} and {key} is {limit:,}",
+                      f"({ids_of([r.problem for r in tight])}): the longest has {longest:,} and {key} is {limit:,}",
                       f"set {key} to {window.tokens - longest} or less, or take a {window.key} with a longer context")
 
 
@@ -225,6 +226,7 @@ def _characters(part: Part, problem: Problem) -> int:
     return sum(len(m.content) for m in turns)
 
 
-def _ids(problems: Sequence[Problem]) -> str:
+def ids_of(problems: Sequence[Problem]) -> str:
+    """The first few ids, and how many more there are."""
     more = f" and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
     return ", ".join(p.id for p in problems[:_SHOWN]) + more

@@ -109,16 +109,15 @@ def read_setup(config: DistillConfig) -> Setup:
     reader = Reader()
     student, teacher = reader.model("student", config.student), reader.model("teacher", config.teacher)
     rewards = reader.read("rewards", lambda: load_rewards(config.rewards)) or []
-    compares = bool(config.rewards) and all(r.name is not None for r in config.rewards)
     parts = [Part(
         key="data", path=config.data.source, problems=reader.problems("data", config.data),
         completions="needed" if config.rollout.lmbda < 1 else "ignored",
         answer_limit=("rollout.max_completion_length", config.rollout.max_completion_length),
-        needs_answers=compares and config.loss.level == "sequence")]
+        rewards=config.rewards if config.loss.level == "sequence" else ())]
     if config.eval_data is not None:
         parts.append(Part(
             key="eval_data", path=config.eval_data.source, problems=reader.problems("eval_data", config.eval_data),
-            answer_limit=("eval.max_completion_length", config.eval.max_completion_length), needs_answers=compares,
+            answer_limit=("eval.max_completion_length", config.eval.max_completion_length), rewards=config.rewards,
             wanted=config.eval.num_problems if config.rewards else None))
     return Setup(student=student, teacher=teacher, parts=tuple(parts), rewards=tuple(rewards), train=config.train,
                  evaluates=len(parts) > 1 and bool(config.rewards or config.eval_kl_problems), device=config.device,

@@ -16,10 +16,12 @@ from tinyr2.data.problems import DataConfig, load_problems
 from tinyr2.eval.intervals import Estimate
 from tinyr2.eval.suite import EvalConfig, EvalResult, evaluate
 from tinyr2.models.load import ModelConfig, count_parameters, load_config, load_model, load_tokenizer, pick_device
+from tinyr2.recipes.check_rewards import lacks
 from tinyr2.recipes.setup import policy_of, shared_vocabulary
 from tinyr2.report.console import Console
 from tinyr2.report.table import result_table
 from tinyr2.rewards.grade import RewardConfig, load_rewards
+from tinyr2.rewards.named import needs
 
 
 class EvaluateConfig(Config):
@@ -40,7 +42,7 @@ def evaluate_model(config: EvaluateConfig, console: Console, *, out: Path | None
     tokenizer, settings = load_tokenizer(config.model), load_config(config.model)
     problems = load_problems(config.data)
     _check_answers(config, problems)
-    rewards = load_rewards(config.rewards)
+    rewards = load_rewards(config.rewards, max_completion_length=config.eval.max_completion_length)
     size = settings.get_text_config().vocab_size
     vocab = shared_vocabulary(size, size, tokenizer)
     console.note(f"{config.model.path} on {config.data.source}, {len(problems):,} problems, {device}")
@@ -59,11 +61,16 @@ def evaluate_model(config: EvaluateConfig, console: Console, *, out: Path | None
 
 
 def _check_answers(config: EvaluateConfig, problems: list) -> None:
-    """Without one gold answer, exact_answer can decide nothing: say so before any compute."""
-    only = all(reward.name == "exact_answer" for reward in config.rewards)
-    if only and all(p.answer is None for p in problems):
-        raise DataError(f"{config.data.source}: no row has an answer to compare with; name the column with --column "
-                        "answer=theirs, or grade with a function of your own: --reward file.py:function")
+    """Without one gold answer, a reward that compares can decide nothing: say so before any compute."""
+    wanted = [needs(r.name, r.options) if r.name is not None else () for r in config.rewards]
+    blind = [next((n for n in some if all(lacks(p, n) for p in problems)), None) for some in wanted]
+    if None in blind:
+        return
+    if blind[0] != "answer":
+        raise DataError(f"{config.data.source}: no row has a column `{blind[0]}`, which {config.rewards[0].name} needs;"
+                        " fill it in, measure on --task countdown, or take another reward")
+    raise DataError(f"{config.data.source}: no row has an answer to compare with; name the column with --column "
+                    "answer=theirs, or grade with a function of your own: --reward file.py:function")
 
 
 def _rows(result: EvalResult) -> dict[str, Mapping[str, Any]]:

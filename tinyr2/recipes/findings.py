@@ -15,7 +15,7 @@ from tinyr2.core.types import Problem
 from tinyr2.data.problems import DataConfig, load_problems
 from tinyr2.models.load import ModelConfig, load_config, load_tokenizer
 from tinyr2.recipes.setup import StudentConfig
-from tinyr2.rewards.grade import RewardFunction
+from tinyr2.rewards.grade import RewardConfig, RewardFunction
 from tinyr2.train.loop import TrainConfig
 
 T = TypeVar("T")
@@ -43,10 +43,15 @@ class Finding:
 class ModelFiles:
     """A model as its folder describes it, without its weights. None: could not be read."""
 
-    key: str  # in the config: model, student or teacher
+    key: str  # in the config: model, student, teacher, reference, or value (the critic)
     source: ModelConfig
     config: PretrainedConfig | None
     tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def role(self) -> str:
+        """What messages call it."""
+        return "critic" if self.key == "value" else self.key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,7 @@ class Part:
     problems: Sequence[Problem]  # empty: could not be read
     completions: Literal["needed", "read", "ignored"] = "ignored"  # read: tokenized where a problem has one
     answer_limit: tuple[str, int] | None = None  # the config's key and value; None: no model answers these
-    needs_answers: bool = False  # the rewards compare with `Problem.answer`
+    rewards: tuple[RewardConfig, ...] = ()  # what judges the answers to these
     wanted: int | None = None  # so many problems are asked for
 
 
@@ -68,6 +73,8 @@ class Setup:
 
     student: ModelFiles  # the model that is trained; its source is a StudentConfig
     teacher: ModelFiles | None = None
+    reference: ModelFiles | None = None  # of a KL, where it is not the student as it begins
+    critic: ModelFiles | None = None  # one with a body of its own, and where that begins
     parts: tuple[Part, ...]  # what is trained on, then what is held out
     rewards: tuple[RewardFunction, ...] = ()
     train: TrainConfig
@@ -78,6 +85,13 @@ class Setup:
 
     def __post_init__(self):
         assert isinstance(self.student.source, StudentConfig)
+
+    @property
+    def models(self) -> list[ModelFiles]:
+        """Each model that is read, the student first; a critic that begins as the student is not another one."""
+        teacher = [self.teacher] if self.teacher is not None else []
+        return [self.student, *teacher, *(m for m in (self.reference, self.critic)
+                                          if m is not None and m.source.path != self.student.source.path)]
 
 
 class Reader:

@@ -132,7 +132,7 @@ def pipeline(config: PipelineConfig, console: Console, verbs: Verbs, *, resume: 
     out = Path(config.output_dir)
     refuse_taken(out, resume=resume, overwrite=overwrite)
     stages = plan(config.stages, out, config.seed, verbs)
-    comparison = _compare(config, stages)
+    comparison = read_comparison(config, stages)
     if overwrite:
         refuse_own_input(out, [n for s in stages for n in s.inputs if not n.startswith("stage:")])
     to_do = {f"stage {s.name}": s.config for s in (_to_do(Ledger(out), stages) if resume else stages)}
@@ -161,7 +161,7 @@ def _to_do(ledger: Ledger, stages: list[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage not in finished]
 
 
-def _compare(config: PipelineConfig, stages: list[Stage]) -> tuple[CompareConfig | None, dict[str, Path]]:
+def read_comparison(config: PipelineConfig, stages: list[Stage]) -> tuple[CompareConfig | None, dict[str, Path]]:
     """The comparison with references replaced, and what it reads; ConfigError where a stage makes no model."""
     if config.compare is None:
         return None, {}

@@ -5,6 +5,7 @@ critic, where it had one of its own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from tinyr2.data.problems import DataConfig
 from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig
 from tinyr2.models.load import ModelConfig, load_model, save_model
-from tinyr2.models.scalar import load_scalar, save_scalar
+from tinyr2.models.scalar import load_scalar, pooling_pad, save_scalar
 from tinyr2.recipes import setup
 from tinyr2.recipes.distill import Inputs, checked_inputs
-from tinyr2.recipes.findings import Part, Reader, Setup
+from tinyr2.recipes.findings import ModelFiles, Part, Reader, Setup
 from tinyr2.recipes.mix import Sources
 from tinyr2.recipes.reinforcement import Company, Reinforcement
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
@@ -114,8 +115,10 @@ class ReinforceConfig(Config):
              "advantages are not; set it to whiten or none"),
             (self.sampling.equal_groups != "keep" and n < 2, f"sampling.equal_groups: {self.sampling.equal_groups} "
              "compares the answers of a group; set rollout.num_generations to 2 or more, or equal_groups to keep"),
-            ((self.kl.place == "none") != (self.kl.beta == 0), f"kl: beta {self.kl.beta} with place: "
-             f"{self.kl.place}; give both, or neither"),
+            (self.kl.place == "none" and self.kl.beta > 0, f"kl: beta {self.kl.beta} with place: none; set kl.beta to "
+             "0, or give it a place"),
+            (self.reference is not None and self.kl.beta == 0, "reference: no KL asks for it; set kl.beta and "
+             "kl.place, or leave it out"),
             (self.kl.place == "loss" and self.kl.estimator == "k1" and not self.kl.ratio, "kl: k1 in the loss has an "
              "expected gradient of zero; set kl.estimator to k2 or k3, kl.ratio to true, or kl.place to token_reward"),
             (self.kl.ratio and self.kl.place != "loss", "kl.ratio weighs a KL in the loss; set kl.place to loss"),
@@ -143,26 +146,40 @@ def read_setup(config: ReinforceConfig) -> Setup:
     teacher = reader.model("teacher", config.teacher) if config.teacher is not None else None
     limit = config.rollout.max_completion_length
     rewards = reader.read("rewards", lambda: load_rewards(config.rewards, max_completion_length=limit)) or []
-    compares = config.rewards[0].name in ("exact_answer", "accuracy") and config.rewards[0].tasks is None
-    parts = [_part(reader, "data", config.data, compares, ("rollout.max_completion_length", limit))]
+    parts = [_part(reader, "data", config.data, config.rewards, ("rollout.max_completion_length", limit))]
     mix = config.sampling.adapt.mix if config.sampling.adapt is not None else None
     if mix is not None and parts[0].problems:
-        reader.read("sampling.adapt.mix", lambda: check_mix(mix, [p.task for p in parts[0].problems]))
+        reader.read("sampling.adapt", lambda: check_mix(mix, [p.task for p in parts[0].problems]))
     if config.eval_data:
-        parts.append(_part(reader, "eval_data", config.eval_data, compares,
-                           ("eval.max_completion_length", config.eval.max_completion_length), config.eval.num_problems))
-    return Setup(student=model, teacher=teacher, parts=tuple(parts), rewards=tuple(rewards), train=config.train,
-                 evaluates=bool(config.eval_data), device=config.device, output_dir=config.output_dir,
-                 unread=tuple(reader.faults))
+        limit, graders = config.eval.max_completion_length, config.eval_rewards or config.rewards[:1]
+        if config.eval_rewards:
+            reader.read("eval_rewards", lambda: load_rewards(graders, max_completion_length=limit))
+        parts.append(replace(_part(reader, "eval_data", config.eval_data, graders, (
+            "eval.max_completion_length", limit)), wanted=config.eval.num_problems))
+    reference = config.reference and reader.model("reference", config.reference)
+    return Setup(student=model, teacher=teacher, reference=reference, critic=_read_critic(reader, config, model),
+                 parts=tuple(parts), rewards=tuple(rewards), train=config.train, evaluates=bool(config.eval_data),
+                 device=config.device, output_dir=config.output_dir, unread=tuple(reader.faults))
 
 
-def _part(reader: Reader, key: str, sources: Sequence[DataConfig], compares: bool, limit: tuple[str, int],
-          wanted: int | None = None) -> Part:
+def _read_critic(reader: Reader, config: ReinforceConfig, model: ModelFiles) -> ModelFiles | None:
+    """The critic that has a body of its own, and whether it can be saved beside the model's tokenizer."""
+    if config.value is None or config.value.trunk == "shared":
+        return None
+    if model.tokenizer is not None:
+        reader.read("model.pad", lambda: pooling_pad(model.tokenizer))
+    if config.value.path is None:
+        return replace(model, key="value")
+    return reader.model("value", _critic_source(config))
+
+
+def _part(reader: Reader, key: str, sources: Sequence[DataConfig], rewards: Sequence[RewardConfig],
+          limit: tuple[str, int]) -> Part:
     problems: list[Problem] = []
     for source in sources:
         problems += reader.problems(key, source)
     return Part(key=key, path=", ".join(s.source for s in sources), problems=problems, answer_limit=limit,
-                needs_answers=compares, wanted=wanted)
+                rewards=tuple(rewards))
 
 
 def reinforce(config: ReinforceConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict:
@@ -206,8 +223,11 @@ def _critic_module(config: ReinforceConfig, policy: nn.Module, device: torch.dev
         return None
     if config.value.trunk == "shared":
         return ValueHead(policy.config.get_text_config().hidden_size).to(device)
-    source = config.model.model_copy(update={"path": config.value.path or config.model.path})
-    return load_scalar(source, device).requires_grad_(True)
+    return load_scalar(_critic_source(config), device).requires_grad_(True)
+
+
+def _critic_source(config: ReinforceConfig) -> ModelConfig:
+    return config.model.model_copy(update={"path": config.value.path or config.model.path})
 
 
 def _critic(config: ReinforceConfig, agent: Agent, learner: Learner) -> Critic | None:
@@ -220,7 +240,7 @@ def _critic(config: ReinforceConfig, agent: Agent, learner: Learner) -> Critic |
 
 def _reference(config: ReinforceConfig, learner: Learner, device: torch.device) -> Learner | None:
     """The model of the KL, frozen; None where no KL is asked for."""
-    if config.kl.place == "none":
+    if config.kl.beta == 0:
         return None
     source = config.reference or ModelConfig(path=config.model.path, revision=config.model.revision,
                                              dtype=config.model.dtype)

@@ -7,21 +7,21 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import chdir, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinyr2.core import config as configs
-from tinyr2.core.config import Config
 from tinyr2.core.errors import DataError, RunError, UserError
 from tinyr2.core.files import LOCK
+from tinyr2.recipes.pipeline import LEDGER, Ledger, PipelineConfig, pipeline
 from tinyr2.recipes.run import CONFIG, ENV
+from tinyr2.recipes.stages import Verbs
 from tinyr2.report.console import Console
 from tinyr2.report.jsonl import read_jsonl
 from tinyr2.report.table import Row, Table, format_value
-
-Verbs = Mapping[str, tuple[type[Config], Callable[..., dict]]]  # verb -> its config and its recipe
 
 _INSIDE = ("checkpoints", "completions", "final", "best")  # of a run: nothing to look for there
 _SHOWN = ("loss", "kl", "reward")
@@ -48,24 +48,29 @@ def list_runs(folder: Path, console: Console) -> dict:
 def resume_run(run: Path, console: Console, verbs: Verbs) -> dict:
     """Go on with a run from its newest checkpoint; one that is finished is left as it is.
 
-    The folder may have moved since. Returns what the run's verb returns. RunError where there is nothing to resume.
+    verbs: the training verbs by name; a pipeline is known here. The folder may have moved since. Returns what the
+    run's verb returns. RunError where there is nothing to resume.
     """
     if not (run / CONFIG).is_file():
         raise RunError(f"{run}: no run to resume here (no {CONFIG}); `tinyr2 runs` lists those that are there")
-    verb = _env(run).get("verb")
-    if verb not in verbs:
-        raise RunError(f"{run}: a run of {verb!r} cannot be resumed, only one of {', '.join(verbs)}; start it anew")
+    verb, all_verbs = _env(run).get("verb"), {**verbs, "pipeline": (PipelineConfig, partial(pipeline, verbs=verbs))}
+    if verb not in all_verbs:
+        whole = (run.absolute().parent / LEDGER).is_file()
+        cure = f"resume the pipeline that it is a stage of: {run.absolute().parent}" if whole else "start it anew"
+        raise RunError(f"{run}: a run of {verb!r} cannot be resumed, only one of {', '.join(all_verbs)}; {cure}")
     if _status(run) == "finished":
         console.note(f"{run}: finished already, nothing to resume")
-        return {"ending": "finished", "run": str(run), "model": str(run / "final")}
-    config_class, recipe = verbs[verb]
+        return {"ending": "finished", "run": str(run)} | (
+            {"model": str(run / "final")} if (run / "final").is_dir() else {})
+    config_class, recipe = all_verbs[verb]
     run = run.absolute()
-    raw = configs.read(run / CONFIG) | {"output_dir": str(run)}
-    config = configs.build(config_class, raw, str(run / CONFIG))
     started_in = Path(_env(run).get("cwd") or ".")
     # paths in the config are relative to where the run was started
     with chdir(started_in if started_in.is_dir() else "."):
-        return recipe(config, console, resume=True)
+        raw = configs.read(run / CONFIG)
+        if Path(raw.get("output_dir") or ".").resolve() != run.resolve():  # else as it was: a pipeline's stages read it
+            raw |= {"output_dir": str(run)}
+        return recipe(configs.build(config_class, raw, str(run / CONFIG)), console, resume=True)
 
 
 def _find(folder: Path) -> Iterator[Path]:
@@ -82,7 +87,8 @@ def _row(run: Path) -> dict[str, Any]:
         env = _env(run)
         row |= {"verb": env.get("verb"), "started": env.get("started"), "max_steps": _max_steps(run)}
         metrics = _last_values(run)
-        return row | {"status": _status(run), "step": metrics.pop("step", 0), "metrics": metrics}
+        step = len(Ledger(run).stages) if env.get("verb") == "pipeline" else metrics.pop("step", 0)
+        return row | {"status": _status(run), "step": step, "metrics": metrics}
     except (UserError, OSError) as error:
         return row | {"error": str(error)}
 
@@ -119,7 +125,10 @@ def _env(run: Path) -> dict[str, Any]:
 
 
 def _max_steps(run: Path) -> int | None:
-    train = configs.read(run / CONFIG).get("train")
+    config = configs.read(run / CONFIG)
+    train, stages = config.get("train"), config.get("stages")
+    if isinstance(stages, list):
+        return len(stages)
     return train.get("max_steps") if isinstance(train, dict) else None
 
 

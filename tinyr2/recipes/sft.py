@@ -58,8 +58,7 @@ def read_setup(config: SftConfig) -> Setup:
         parts.append(Part(
             key="eval_data", path=config.eval_data.source, problems=held_out, completions="read",
             answer_limit=limit if config.rewards else None,
-            needs_answers=bool(config.rewards) and all(r.name is not None for r in config.rewards),
-            wanted=config.eval.num_problems if config.rewards else None))
+            rewards=config.rewards, wanted=config.eval.num_problems if config.rewards else None))
     evaluates = config.eval_data is not None and (bool(config.rewards) or any(p.completion for p in held_out))
     return Setup(student=model, parts=tuple(parts), rewards=tuple(rewards), train=config.train, evaluates=evaluates,
                  device=config.device, output_dir=config.output_dir, unread=tuple(reader.faults))

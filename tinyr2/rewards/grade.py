@@ -24,7 +24,7 @@ from tinyr2.core.errors import ConfigError
 from tinyr2.core.types import Rollout
 from tinyr2.rewards.named import Name, make, read_options
 
-_PASSED = ("prompts", "completions", "completion_ids", "answer")  # what every reward function is given
+PASSED = ("prompts", "completions", "completion_ids", "answer")  # what every reward function is given
 
 
 class RewardConfig(Config):
@@ -212,7 +212,7 @@ def _check_signature(call: Callable[..., Any], where: str) -> None:
 def _check_options(call: Callable[..., Any], options: dict[str, Any], where: str) -> None:
     """Each option is a parameter that the function names: `**kwargs` would swallow a misspelt one."""
     known = [p.name for p in inspect.signature(call).parameters.values()
-             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in _PASSED]
+             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in PASSED]
     wrong = next((name for name in options if name not in known), None)
     if wrong is not None:
         hint = nearest(wrong, known)

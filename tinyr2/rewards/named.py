@@ -36,6 +36,9 @@ _MAKERS: dict[str, Callable[[Any], Callable[..., Sequence[float | None]]]] = {
     "countdown": arithmetic.countdown,
     "reward_model": learned.reward_model,
 }
+# What a reward compares with, and has no word without: `answer`, or a column; the answer will do in place of `target`.
+_NEEDS: dict[str, tuple[str, ...]] = {"exact_answer": ("answer",), "accuracy": ("answer",),
+                                      "countdown": ("numbers", "target")}
 
 
 def read_options(name: Name, raw: Mapping[str, Any]) -> Config:
@@ -48,6 +51,12 @@ def read_options(name: Name, raw: Mapping[str, Any]) -> Config:
     if isinstance(options, shaping.CosineOptions):
         read_options(options.verdict, options.verdict_options)
     return options
+
+
+def needs(name: Name, raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of a problem the reward cannot do without: `answer`, or names of columns; cosine's are its verdict's."""
+    options = read_options(name, raw)
+    return _NEEDS.get(options.verdict if isinstance(options, shaping.CosineOptions) else name, ())
 
 
 def make(name: Name, raw: Mapping[str, Any], max_completion_length: int | None = None
