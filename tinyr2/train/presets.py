@@ -6,8 +6,12 @@ those were chosen for models of 1 to 70 billion parameters.
 
 from typing import Any, Literal
 
+from tinyr2.core.config import nearest
+
 Algorithm = Literal["ppo", "orz", "vapo", "grpo", "r1_zero", "dr_grpo", "dapo", "gspo", "rloo", "reinforce_pp",
                     "reinforce_pp_baseline"]
+
+ON_PAIRS = ("dpo", "rm")  # algorithms that learn from pairs, and have configs of their own
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Schulman et al. 2017, 1707.06347, eq. 7, with GAE (1506.02438, eq. 16) and, after Ouyang et al. 2022, 2203.02155,
@@ -103,9 +107,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
-    """`raw` on top of the preset that its `algorithm` names; a key that is given wins, `value: null` too."""
+    """`raw` on top of the preset that its `algorithm` names; a key that is given wins, `value: null` too.
+
+    ValueError where there is no such algorithm.
+    """
     name = raw.get("algorithm")
-    return _merged(PRESETS.get(name, {}) if isinstance(name, str) else {}, raw)
+    if name is not None and name not in PRESETS:
+        known = (*PRESETS, *ON_PAIRS)
+        hint = nearest(str(name), known)
+        raise ValueError(f"algorithm {name!r}: unknown; {f'did you mean {hint!r}? ' if hint else ''}there are "
+                         f"{', '.join(known)}, or null for choices of your own")
+    return _merged(PRESETS.get(name, {}), raw)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
