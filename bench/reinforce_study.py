@@ -44,13 +44,13 @@ HELD_OUT, ANSWERS = 1024, 512  # problems to measure by; answers a step
 BUDGET = {"sums": 600_000, "countdown": 500_000}  # generated tokens of a policy-gradient run
 RATE = 1e-3
 CARELESS = 0.9  # share of worked solutions without carries
-# what a preset has beside its defaults: several updates on the same answers take smaller steps, and a critic that may
-# learn for 50 steps before the policy would here use up the budget
+# what a preset has beside its defaults: several updates on the same answers take smaller steps, 512 answers a step are
+# too few for 16 mini-batches, and a critic that may learn for 50 steps before the policy would use up the budget
+_FOUR = {"updates": {"num_mini_batches": 4}, "train": {"learning_rate": RATE / 2}}
 BESIDE: dict[str, dict[str, Any]] = {
     "ppo": {"updates": {"num_iterations": 2}, "value": {"num_iterations": 2}, "train": {"learning_rate": RATE / 2}},
-    "vapo": {"value": {"pretrain_steps": 8}},
-    "gspo": {"train": {"learning_rate": RATE / 2}},
-    "r1_zero": {"train": {"learning_rate": RATE / 4}},
+    "vapo": _FOUR | {"value": {"pretrain_steps": 8, "num_mini_batches": 4}},
+    "dapo": _FOUR, "gspo": _FOUR, "r1_zero": _FOUR,
 }
 SUMS = ("grpo", "dapo", "rloo", "reinforce_pp_baseline", "ppo", "vapo", "orz", "r1_zero", "dr_grpo", "gspo",
         "reinforce_pp")

@@ -137,3 +137,17 @@ def test_five_thousand_problems_take_under_two_seconds():
 def test_levels_that_cannot_work_are_refused(raw, said):
     with pytest.raises(ConfigError, match=said):
         build(Countdown, raw, "here")
+
+
+def test_no_worked_search_gives_away_a_problem_of_the_other_split():
+    level = Countdown(numbers=3, high=12, tries=3)
+    held_out = {(tuple(sorted(p.columns["numbers"])), p.columns["target"])
+                for p in countdown(level, "held_out", 300, 0)}
+    hit = 0
+    for p in countdown(level, "train", 1500, 0):
+        for tried in p.completion[0].content.partition("####")[0].split(";"):
+            value = tried.partition("=")[2]
+            if "/" not in value and int(value) > 0:
+                hit += 1
+                assert (tuple(sorted(p.columns["numbers"])), int(value)) not in held_out
+    assert hit > 1500  # many tries hit some number

@@ -77,7 +77,7 @@ def countdown(level: Countdown, split: Split, n: int, seed: int) -> list[Problem
         canonical = f"{sorted(numbers)}={target}"
         if (1 <= target <= level.max_target and canonical not in problems and split_of(canonical) == split
                 and (text := _printed(tree, level)) is not None):
-            tries = [*_wrong_tries(numbers, target, level, rng), f"{text}={target}"]
+            tries = [*_wrong_tries(numbers, target, (level, split), rng), f"{text}={target}"]
             problems[canonical] = _problem(numbers, target, tries, f"{split}:{len(problems)}")
             misses = 0
         elif (misses := misses + 1) > _PATIENCE:
@@ -142,16 +142,27 @@ def _combine(operator: str, x: Value, y: Value) -> Value:
     return (a * d, b * c) if c >= 0 else (-a * d, -b * c)
 
 
-def _wrong_tries(numbers: list[int], target: int, level: Countdown, rng: random.Random) -> Iterator[str]:
-    """Different tries that miss, with their values: 0 … level.tries, or fewer where no more turn up."""
+def _wrong_tries(numbers: list[int], target: int, where: tuple[Countdown, Split],
+                 rng: random.Random) -> Iterator[str]:
+    """Different tries that miss, with their values: 0 … level.tries, or fewer where no more turn up.
+
+    A try that misses this target hits another; none that would solve a problem of the other split is written down.
+    """
+    level, split = where
     wanted, seen = rng.randint(0, level.tries), set()
     for _ in range(wanted * _TRIES_DRAWN):
         if len(seen) == wanted:
             return
         tree, (over, under) = _draw(numbers, level.operators, rng)
-        if under and over != target * under and (text := _printed(tree, level)) is not None and text not in seen:
+        if (under and over != target * under and not _gives_away(numbers, (over, under), split)
+                and (text := _printed(tree, level)) is not None and text not in seen):
             seen.add(text)
             yield f"{text}={_written(over, under)}"
+
+
+def _gives_away(numbers: list[int], value: Value, split: Split) -> bool:
+    over, under = value
+    return over > 0 and over % under == 0 and split_of(f"{sorted(numbers)}={over // under}") != split
 
 
 def _written(over: int, under: int) -> str:

@@ -33,12 +33,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Yue et al. 2025, 2504.05118, with VC-PPO (2503.01491): critic pretrained on Monte-Carlo returns for 50 steps, its
     # λ 1; policy's λ = 1 − 1/(0.05 l); token-level loss, clip 0.2/0.28, 0.1 · likelihood of right answers, 16 answers a
-    # prompt, critic at twice the policy's rate. λ's floor is ours: at 20 tokens the formula gives 0, below it less.
+    # prompt, a batch in 16 mini-batches, critic at twice the policy's rate. λ's floor is ours: at 20 tokens the formula
+    # gives 0, below it less.
     "vapo": {
         "rollout": {"num_generations": 16},
         "advantage": {"baseline": "value", "scale": "whiten", "lam_alpha": 0.05, "lam_floor": 0.95},
         "loss": {"aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28, "positive_nll": 0.1},
-        "value": {"lam": 1.0, "pretrain_steps": 50, "learning_rate_factor": 2.0},
+        "value": {"lam": 1.0, "pretrain_steps": 50, "learning_rate_factor": 2.0, "num_mini_batches": 16},
+        "updates": {"num_mini_batches": 16},
     },
     # Shao et al. 2024, 2402.03300, eq. 3: group mean and standard deviation, mean over answers of their token means,
     # ε 0.2, β 0.04 on k3 in the loss (eq. 4); 64 answers a prompt there.
@@ -65,12 +67,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"aggregation": "constant", "epsilon": 0.2},
     },
     # Yu et al. 2025, 2503.14476, eq. 8: clip 0.2/0.28, mean over all tokens, groups of equal rewards sampled anew,
-    # answers that were cut off left out; no KL. Its soft overlong punishment (eq. 13) is the reward `soft_overlong`.
+    # answers that were cut off left out, a batch in 16 mini-batches; no KL. Its soft overlong punishment (eq. 13) is the
+    # reward `soft_overlong`.
     "dapo": {
         "rollout": {"num_generations": 16},
         "advantage": {"baseline": "group_mean", "scale": "group_std"},
         "loss": {"aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28, "mask_truncated": True},
-        "sampling": {"equal_groups": "refill"},
+        "sampling": {"equal_groups": "refill"}, "updates": {"num_mini_batches": 16},
     },
     # Zheng et al. 2025, 2507.18071, eq. 5 to 7: the clip reads the geometric mean of an answer's ratios; 3e-4/4e-4,
     # four mini-batches a batch, no KL.
