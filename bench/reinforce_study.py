@@ -224,7 +224,7 @@ def policy_raw(world: Path, task: str, seed: int, preset: str) -> dict[str, Any]
          "reinforce_pp_baseline": 8}.get(preset, 16)
     beside = BESIDE.get(preset, {})
     # answers to sums are of one length; those to countdown grow shorter, and dropped groups cost more answers a step
-    steps, every = (33, 0) if task == "sums" and preset != "dapo" else (28, 7) if task == "sums" else (48, 4)
+    steps, every = (33, 0) if task == "sums" and preset != "dapo" else (25, 5) if task == "sums" else (48, 4)
     train = _train(seed, steps, RATE, eval_steps=every, eval_on_start=True, lr_scheduler_type="constant",
                    warmup_steps=3)
     return {**_judged(world, task), "algorithm": preset, "model": {"path": str(world / "cold/final")},
