@@ -270,3 +270,10 @@ def test_gsm8k_loads_with_solutions_and_answers():
     assert problems[0].completion[0].content.endswith("#### 18")
     assert [p.answer for p in problems[:5]] == ["18", "3", "70000", "540", "20"]
     assert (problems[7].id, dict(problems[7].columns)) == ("gsm8k_test:7", {})
+
+
+def test_a_file_of_several_tasks_says_which_row_is_of_which(tmp_path):
+    path = written(tmp_path, {"prompt": "2+2?", "task": "sums"}, {"prompt": "1 2 = 3"}, {"prompt": "?", "task": 7})
+    assert [(p.task, p.columns.get("task")) for p in loaded(path)] == [("sums", "sums"), ("sums", None), ("sums", 7)]
+    other = written(tmp_path, {"prompt": "?", "task": "a"}, {"prompt": "?"}, name="x.jsonl")
+    assert [p.task for p in loaded(other)] == ["a", "x"]

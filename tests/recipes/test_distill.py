@@ -112,7 +112,7 @@ class Reading:
 
 
 def naive_loss(config: DistillConfig, readings: list[Reading], kl_weight: float) -> float:
-    """What the issue says is minimized, by loops."""
+    """The mean over tokens, or over answers, by loops."""
     loss, rollouts = config.loss, [r.rollout for r in readings]
     tokens = sum(len(r.response_ids) for r in rollouts)
     if loss.level == "token" and loss.estimator == "sampled":

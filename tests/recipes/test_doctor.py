@@ -645,7 +645,8 @@ def consult(files: SimpleNamespace, raw: dict, *overrides: str) -> tuple[dict, s
 
 @pytest.mark.parametrize("verb, overrides", [
     ("distill", ()), ("sft", ()), ("reinforce", ()), ("reinforce", ("algorithm=ppo",)),
-    ("reinforce", ("algorithm=vapo", "value.trunk=shared", "value.pretrain_steps=0")), ("dpo", ()),
+    ("reinforce", ("algorithm=vapo", "value.trunk=shared", "value.pretrain_steps=0",
+                   "value.num_mini_batches=1")), ("dpo", ()),
     ("dpo", ("algorithm=rm",))])
 def test_a_config_that_works_has_no_faults_and_nothing_is_written(files, verb, overrides):
     if verb == "dpo":

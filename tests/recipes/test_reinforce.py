@@ -181,7 +181,7 @@ def test_the_gap_between_actor_and_learner_is_that_before_the_first_update(world
 
 def test_dropped_groups_are_refilled_to_a_full_batch_and_all_that_was_written_is_counted(world, tmp_path):
     seen = watch(world, tmp_path / "run", "algorithm=dapo", "rollout.num_generations=2", reward("coin"),
-                 "loss.mask_truncated=false", "sampling.max_rounds=8", "train.max_steps=4")
+                 "loss.mask_truncated_completions=false", "sampling.max_rounds=8", "train.max_steps=4")
     written = 0
     for found, row in zip(seen.collections, seen.outcome.rows, strict=True):
         assert Counter(r.group for r in found.kept) == dict.fromkeys(range(4), 2)
@@ -389,7 +389,8 @@ def test_adapters_learn_beside_a_reference_that_is_the_model_as_it_began(world, 
 # --- the critic
 
 
-PRETRAINED = ("algorithm=vapo", "rollout.num_generations=4", reward("length"))
+ONCE = ("updates.num_mini_batches=1", "value.num_mini_batches=1")  # where a preset makes many updates of few answers
+PRETRAINED = ("algorithm=vapo", "rollout.num_generations=4", *ONCE, reward("length"))
 
 
 def test_while_the_critic_is_pretrained_the_policy_stays_bit_for_bit_where_it_was(world, tmp_path):
@@ -497,8 +498,9 @@ def test_held_out_problems_are_judged_by_the_verdict_or_by_rewards_of_their_own(
 
 @pytest.mark.parametrize("name, overrides", [
     ("reinforce", ("algorithm=grpo", "kl.beta=0.5", "updates={num_iterations: 2, num_mini_batches: 2}")),
-    ("reinforce_value", ("algorithm=vapo", "rollout.num_generations=4", "value.pretrain_steps=5", "kl.beta=0.1",
-                         "kl.place=token_reward", "sampling={equal_groups: refill, max_rounds: 2, adapt: {}}"))])
+    ("reinforce_value", ("algorithm=vapo", "rollout.num_generations=4", *ONCE, "value.pretrain_steps=5",
+                         "kl.beta=0.1", "kl.place=token_reward",
+                         "sampling={equal_groups: refill, max_rounds: 2, adapt: {}}"))])
 def test_twenty_steps_follow_the_golden_curve(name, overrides, world, tmp_path):
     outcome = tiny.go(tiny.settings("reinforce", world, tmp_path / "run", *overrides, "train.deterministic=true",
                                     "train.max_steps=20", "train.save_steps=100", "train.log_completions_steps=0"))
@@ -521,7 +523,9 @@ CONTRADICTIONS = {
     "a spread beside a critic": ((*VALUE, "advantage.scale=batch_std"), "scale: batch_std is that of rewards"),
     "a comparison of one": (("advantage.baseline=none", "rollout.num_generations=1", "sampling.equal_groups=drop"),
                             "sampling.equal_groups: drop compares the answers of a group"),
-    "a weight without a place": (("kl.beta=0.1",), "kl: beta 0.1 with place: none; set kl.beta to 0"),
+    "a place without a weight": (("kl.place=loss",), "kl: beta 0.0 with place: loss; give both, or neither"),
+    "a constant that divides nothing": (("loss.constant=8",), "loss.constant is what aggregation: constant divides by"),
+    "a weight without a place": (("kl.beta=0.1",), "kl: beta 0.1 with place: none; give both, or neither"),
     "a reference without a KL": (("reference={path: ref}",), "reference: no KL asks for it"),
     "k1 in the loss": (("kl={place: loss, estimator: k1, beta: 0.1}",), "kl: k1 in the loss has an expected gradient "
                        "of zero"),
@@ -532,15 +536,16 @@ CONTRADICTIONS = {
     "a lambda without a critic": (("advantage.lam_alpha=0.1",), "advantage.lam_alpha is of generalized advantages"),
     "a bootstrap without a critic": (("advantage.bootstrap_truncated=true",),
                                      "advantage.bootstrap_truncated asks a critic"),
-    "a bootstrap of what is left out": ((*VALUE, "advantage.bootstrap_truncated=true", "loss.mask_truncated=true"),
-                                        "advantage.bootstrap_truncated learns from answers that loss.mask_truncated"),
+    "a bootstrap of what is left out": (
+        (*VALUE, "advantage.bootstrap_truncated=true", "loss.mask_truncated_completions=true"),
+        "advantage.bootstrap_truncated learns from answers that loss.mask_truncated_completions"),
     "updates of a shared trunk": ((*SHARED, "value.num_iterations=2"), "value: a shared trunk learns with the policy"),
     "mini-batches of a shared trunk": ((*SHARED, "value.num_mini_batches=2"), "value: a shared trunk learns with the"),
     "pretraining of a shared trunk": ((*SHARED, "value.pretrain_steps=2"), "value.pretrain_steps would move the"),
     "a body of its own for a shared trunk": ((*SHARED, "value.path=x"), "value.path is where a separate trunk begins"),
     "truncated sampling": (("rollout.top_p=0.9",), "training samples from the whole distribution"),
     "no reward": (("rewards=[]",), "rewards: "),
-    "a misspelt preset": (("algorithm=grop",), "algorithm: "),
+    "a misspelt preset": (("algorithm=grop",), "algorithm 'grop': unknown; did you mean 'grpo'?"),
     "a misspelt key": (("advantage.basline=none",), "advantage.basline: unknown key; did you mean 'baseline'?"),
     "a misspelt key at the top": (("samplin={}",), "samplin: unknown key; did you mean 'sampling'?"),
     "a misspelt key in a critic": (("value.pretrain_step=2", "advantage.baseline=value"),
@@ -582,3 +587,58 @@ def test_what_cannot_be_read_is_told_before_anything_is_written(overrides, messa
         tiny.go(tiny.settings("reinforce", world, tmp_path / "run", *overrides))
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_verdict_there_is_no_reward_whatever_else_the_answer_earns(world, tmp_path):
+    named = "file: '{world}/more.py', function"
+    shaped = f"rewards=[{{{named}: some_undecided}}, {{{named}: length}}]"
+    seen = watch(world, tmp_path / "run", shaped, "algorithm=dr_grpo", "train.max_steps=1")
+    undecided = [r for r in seen.collections[0].written if r.reward_parts["some_undecided"] is None]
+    assert undecided and all((r.reward, r.right) == (None, None) and r.reward_parts["length"] > 0 for r in undecided)
+    row = seen.outcome.rows[0]
+    assert row["rollouts/dropped_ratio"] == len(undecided) / len(seen.collections[0].written)
+    assert not {id(r.problem) for r in seen.learned[0] if r.reward is None}
+
+
+def test_each_task_has_the_first_reward_that_grades_it_for_its_verdict(world, tmp_path):
+    rows = [json.loads(line) for line in (world / "data.jsonl").read_text().splitlines()]
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps(r | {"task": "ab"[i % 2]}) + "\n" for i, r in enumerate(rows)))
+    named = "file: '{world}/more.py', function"
+    rewards = (f"rewards=[{{{named}: never, tasks: [a]}}, {{{named}: length, weight: 0.1}}, {{{named}: same, "
+               "tasks: [b], weight: 5}]")
+    seen = watch(world, tmp_path / "run", rewards, f"data={{path: '{path}'}}", "algorithm=dr_grpo",
+                 f"eval_data={{path: '{path}', limit: 8}}", "train.max_steps=1", "eval.max_completion_length=12",
+                 "eval.threshold=0.0")
+    by_task = {task: [r for r in seen.collections[0].written if r.problem.task == task] for task in "ab"}
+    assert all(r.right is None and r.reward is None for r in by_task["a"])
+    assert all(r.right == (len(r.response_ids) >= 12) and r.reward > 5 for r in by_task["b"])
+    graders = [(g.name, g.weight, g.tasks) for g in seen.work[0].graders]
+    assert graders == [("never", 1.0, ("a",)), ("length", 1.0, ("b",))]
+    assert seen.outcome.rows[0]["eval_undecided"] == 4 and seen.outcome.rows[0]["eval_pass@1"] == 1.0
+
+
+def test_a_step_of_several_updates_tells_of_one_that_was_skipped(world, tmp_path, monkeypatch):
+    learn, calls = Reinforcement._accumulate, []
+
+    def broken(self, rollouts, loss, metrics):
+        calls.append(len(rollouts))
+        scores = learn(self, rollouts, loss, metrics)
+        if len(calls) == 1:
+            next(p for p in self.learner.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return scores
+
+    monkeypatch.setattr(Reinforcement, "_accumulate", broken)
+    outcome = tiny.go(tiny.settings("reinforce", world, tmp_path / "run", reward("length"), "algorithm=dr_grpo",
+                                    "updates.num_mini_batches=2", "train.max_steps=2"))
+    assert outcome.column("loss")[0] == "NaN" and abs(outcome.column("loss")[1]) < 1e3
+    events = [json.loads(line) for line in (outcome.folder / "events.jsonl").read_text().splitlines()]
+    assert "non_finite" in [e["name"] for e in events]
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_teacher_in_the_advantage_tells_how_far_it_is(who, world, tmp_path):
+    outcome = tiny.go(tiny.settings("reinforce", world, tmp_path / "run", reward("length"), "algorithm=dr_grpo",
+                                    f"teacher={{path: '{{world}}/{who}'}}", "opd={place: advantage, weight: 0.5}",
+                                    "train.max_steps=1"))
+    assert (abs(outcome.column("teacher_kl")[0]) > 1e-4) == (who == "teacher")

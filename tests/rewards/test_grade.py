@@ -57,6 +57,12 @@ def test_reward_is_the_weighted_sum_of_the_parts_that_are_not_none():
     assert [r.error for r in graded] == [None] * 3
 
 
+def test_a_part_of_weight_0_is_shown_and_makes_no_undecided_answer_a_wrong_one():
+    graded = grade(TWO, [function(lambda **k: [None, 1], "verdict"), function(lambda **k: [0.25, 0.5], "style", 0.0)])
+    assert [r.reward for r in graded] == [None, 1.0]
+    assert [r.reward_parts["style"] for r in graded] == [0.25, 0.5]
+
+
 def test_a_function_that_raises_fails_every_rollout_and_no_run():
     def score(completions, **kwargs):
         return [len(completions) / 0]
@@ -199,7 +205,7 @@ def test_a_function_that_fails_on_one_task_leaves_the_others_alone(call):
 def test_gamma_and_tasks_come_from_the_config():
     reward = load_reward(RewardConfig(name="repetition", weight=0.1, gamma=0.99, tasks=("gsm8k",)))
     assert (reward.name, reward.weight, reward.gamma, reward.tasks) == ("repetition", 0.1, 0.99, ("gsm8k",))
-    assert (EXACT.gamma, EXACT.tasks) == (1.0, None)
+    assert (EXACT.gamma, EXACT.tasks) == (None, None)
 
 
 @pytest.mark.parametrize(("raw", "said"), [

@@ -21,7 +21,7 @@ from tinyr2.train.policy_loss import PolicyLoss, StepCounts
 from tinyr2.train.step import Learner, Reading, accumulate
 
 LIMIT = 9  # tokens an answer may have
-REWARDS = {"verdict": (1.0, 1.0), "style": (0.5, 1.0)}  # weight and discount
+REWARDS = {"verdict": (1.0, None), "style": (0.5, None)}  # weight and discount
 GROUPS = (((3, 4, 5), ((6, 7, EOS), (8, EOS), (9, 10, 11, 12, EOS))),
           ((9,), ((10, 11, 12, 13, EOS), (14,), (15, 16, 17))),
           ((15, 16, 17, 18), ((21, 22, 3, EOS), (4, 5), (6, 6, 6, 6, 6, 6))))
@@ -93,7 +93,7 @@ def ours(config: ReinforceConfig, rollouts: list[Rollout], *, budget: int = 1000
     model, opd = qwen3_f64(), config.opd
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
     kept = [r for r in credited(config, rollouts, rewards)
-            if not (config.loss.mask_truncated and r.finish == "length")]
+            if not (config.loss.mask_truncated_completions and r.finish == "length")]
     loss = PolicyLoss(config=config.loss, kl=config.kl, counts=StepCounts.of(kept), opd=opd, corrects=corrects,
                       constant=config.loss.constant or LIMIT)
     critic = None if head is None else Critic(body=learner, head=head)
@@ -120,7 +120,7 @@ def looped(config: ReinforceConfig, rollouts: list[Rollout], *, corrects: bool =
     known = [r for r in rollouts if r.reward is not None and r.error is None]
     credit, returns = looped_credit(config, known, rewards)
     kept = [(r, a, g) for r, a, g in zip(known, credit, returns, strict=True)
-            if a is not None and not (config.loss.mask_truncated and r.finish == "length")]
+            if a is not None and not (config.loss.mask_truncated_completions and r.finish == "length")]
     size = Sizes(sum(_learned(r) for r, _, _ in kept), len(kept), sum(_learned(r) for r, _, _ in kept if r.right))
     total = torch.zeros((), dtype=torch.float64)
     for r, advantage, _ in kept:
@@ -166,7 +166,7 @@ def _row(config, model, r, advantage, size, corrects):
             # share of the gradient that goes through its own token
             gain = 1 if config.loss.ratio == "sequence_mean" else n
             ratio = whole.detach() + gain * (gaps[t] - gaps[t].detach())
-        term = loops.clipped_surrogate(ratio, advantage[t], config.loss.epsilon, high, config.loss.dual_clip)
+        term = loops.clipped_surrogate(ratio, advantage[t], config.loss.epsilon, high, config.loss.delta)
         term = term * (weights[t] if corrects else 1.0)
         if config.kl.place == "loss":
             penalty = loops.estimate(config.kl.estimator, logp[t], torch.tensor(r.reference_logp[t]).double())
@@ -214,7 +214,7 @@ def looped_credit(config, known, rewards):
     parts = []  # of each answer: (discount, what is discounted so)
     for r, p in zip(known, paid, strict=True):
         own = [(g, w * (r.reward_parts[name] or 0.0)) for name, (w, g) in rewards.items()]
-        parts.append([(gamma if g == 1.0 else g, x) for g, x in own] + [(gamma, -p)])
+        parts.append([(gamma if g is None else g, x) for g, x in own] + [(gamma, -p)])
     stream = [[-kl.beta * g if kl.place == "token_reward" else 0.0 for g in row] for row in gaps]
     if config.advantage.baseline == "value":
         credit, returns = _looped_values(config, known, parts, stream)

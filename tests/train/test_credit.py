@@ -9,7 +9,7 @@ from tests.train.reinforced import REWARDS, config_of, credited, looped_credit, 
 from tests.train.tiny import rollout
 from tinyr2.train.credit import AdvantageConfig, KlConfig, assign_credit, groups_of, old_logp
 
-ONE = {"verdict": (1.0, 1.0)}
+ONE = {"verdict": (1.0, None)}
 
 
 def answer(reward, length=2, **more):
@@ -85,7 +85,7 @@ def test_a_discount_counts_back_from_the_last_token():
 
 
 def test_each_reward_has_its_own_discount():
-    both = {"verdict": (1.0, 1.0), "style": (2.0, 0.5)}
+    both = {"verdict": (1.0, None), "style": (2.0, 0.5)}
     pair = [answer(5.0, 3, reward_parts={"verdict": 1.0, "style": 2.0}),
             answer(0.0, 2, reward_parts={"verdict": 0.0, "style": 0.0})]
     assert credit_of(pair, both, baseline="none") == [(2.0, 3.0, 5.0), (0.0, 0.0)]

@@ -115,7 +115,16 @@ SCALES = {"none": ("none", "batch_std", "whiten"), "group_mean": ("none", "group
 def test_rewards_with_discounts_of_their_own_are_those_of_the_loop(gamma, baseline, scale):
     config = config_of(advantage={"baseline": baseline, "scale": scale, "gamma": gamma, "lam": 0.9},
                        value={"lam": 1.0} if baseline == "value" else None)
-    rewards, rollouts = {"verdict": (1.0, 1.0), "style": (0.5, 0.8)}, make_rollouts(spread=0.3)
+    rewards, rollouts = {"verdict": (1.0, None), "style": (0.5, 0.8)}, make_rollouts(spread=0.3)
+    expected = looped(config, rollouts, rewards=rewards)
+    assert_same(ours(config, rollouts, rewards=rewards), expected)
+    assert abs(looped(config, rollouts).loss - expected.loss) > 1e-5
+
+
+def test_a_reward_may_be_undiscounted_where_the_others_are_not():
+    config = config_of(advantage={"baseline": "leave_one_out", "gamma": 0.9})
+    rollouts = make_rollouts(spread=0.3)
+    rewards = {"verdict": (1.0, 1.0), "style": (0.5, None)}
     expected = looped(config, rollouts, rewards=rewards)
     assert_same(ours(config, rollouts, rewards=rewards), expected)
     assert abs(looped(config, rollouts).loss - expected.loss) > 1e-5
@@ -123,7 +132,7 @@ def test_rewards_with_discounts_of_their_own_are_those_of_the_loop(gamma, baseli
 
 def test_a_missing_part_counts_as_nothing_and_its_discount_stays_its_own():
     config = config_of("dr_grpo")
-    rewards, rollouts = {"verdict": (1.0, 1.0), "style": (0.5, 0.8)}, make_rollouts(spread=0.3)
+    rewards, rollouts = {"verdict": (1.0, None), "style": (0.5, 0.8)}, make_rollouts(spread=0.3)
     rollouts[3] = replace(rollouts[3], reward_parts={"verdict": 1.0, "style": None}, reward=1.0)
     assert_same(ours(config, rollouts, rewards=rewards), looped(config, rollouts, rewards=rewards))
 
@@ -146,7 +155,7 @@ def test_the_likelihood_of_right_answers_is_a_mean_over_their_tokens():
 
 
 def test_the_dual_clip_is_that_of_the_loop():
-    config = config_of("dapo", loss={"dual_clip": 1.1})
+    config = config_of("dapo", loss={"delta": 1.1})
     rollouts = make_rollouts(spread=0.5)
     expected = looped(config, rollouts)
     assert_same(ours(config, rollouts), expected)
@@ -155,10 +164,10 @@ def test_the_dual_clip_is_that_of_the_loop():
 
 @pytest.mark.parametrize("algorithm", PRESETS)
 def test_cut_answers_that_are_masked_leave_the_loss_and_its_counts_but_not_the_baseline(algorithm):
-    config = config_of(algorithm, loss={"mask_truncated": True})
+    config = config_of(algorithm, loss={"mask_truncated_completions": True})
     rollouts = make_rollouts(spread=0.3)
     assert_same(ours(config, rollouts), looped(config, rollouts))
-    free = config_of(algorithm, loss={"mask_truncated": False})
+    free = config_of(algorithm, loss={"mask_truncated_completions": False})
     assert abs(ours(free, rollouts).loss - looped(config, rollouts).loss) > 1e-5
 
 
@@ -202,7 +211,8 @@ def test_on_policy_every_ratio_is_one_and_the_gradient_that_of_reinforce(algorit
     config = at_temperature(config_of(algorithm, kl={"place": "none", "beta": 0.0}, loss={"positive_nll": 0.0}),
                             temperature)
     rollouts, model = make_rollouts(temperature), qwen3_f64()
-    kept = [r for r in credited(config, rollouts) if not (config.loss.mask_truncated and r.finish == "length")]
+    masks = config.loss.mask_truncated_completions
+    kept = [r for r in credited(config, rollouts) if not (masks and r.finish == "length")]
     n, tokens = len(kept), sum(r.learned for r in kept)
     share = {"token": lambda r: tokens, "sequence": lambda r: n * (1 if config.loss.ratio == "sequence" else r.learned),
              "constant": lambda r: n * LIMIT}[config.loss.aggregation]

@@ -93,7 +93,8 @@ def load_problems(config: DataConfig) -> list[Problem]:
     Layouts: `prompt`; `prompt` and `completion` (text, which becomes a user or assistant turn, or turns); `messages`,
     whose last turn, if an assistant's, is the completion. `answer`, or else `solution`, is the gold answer; a blank
     one is None. All other columns go to `Problem.columns`. DataError: missing file, malformed line, missing column,
-    wrong type, empty content, a prompt that does not end with a user turn, no rows.
+    wrong type, empty content, a prompt that does not end with a user turn, no rows. A column `task` names the row's
+    task; else the file does.
     """
     if config.task is not None:
         return _generated(config)
@@ -153,7 +154,9 @@ def _problem(config: DataConfig, row: Row, where: str, ident: str, task: str) ->
         raise DataError(f"{where}: a completion is one assistant turn, this one has the roles "
                         f"{[m.role for m in completion]}; put the turns before the last answer into the prompt")
     consumed = {*config.columns.values(), "prompt", "completion", "messages", "answer"}
-    return Problem(id=ident, task=task, messages=_with_system(config, prompt, where), completion=completion,
+    named = row.get("task")  # a file of several tasks says which
+    return Problem(id=ident, task=named if isinstance(named, str) else task,
+                   messages=_with_system(config, prompt, where), completion=completion,
                    answer=_answer(config, row, source, where),
                    columns={k: v for k, v in row.items() if k not in consumed})
 

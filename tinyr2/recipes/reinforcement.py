@@ -6,8 +6,9 @@ In: the config and everything that takes part. Out: gradients and step results f
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite, nan
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from tinyr2.data.adaptation import update as moved
 from tinyr2.data.problems import draw
 from tinyr2.eval.suite import evaluate
 from tinyr2.recipes.distill import Inputs, tell_errors
+from tinyr2.recipes.reinforce_config import ReinforceConfig
 from tinyr2.recipes.show import SHOWN
-from tinyr2.rewards.grade import RewardFunction, grade
+from tinyr2.rewards.grade import RewardFunction, grade, verdict_of
 from tinyr2.rollouts.sample import Policy, sample
 from tinyr2.teachers.local import Teacher
 from tinyr2.train.agent import Agent
@@ -33,9 +35,6 @@ from tinyr2.train.optim import Joint, Offloaded, Optimizer
 from tinyr2.train.policy_loss import PolicyLoss, StepCounts
 from tinyr2.train.policy_metrics import UpdateMetrics, collection_metrics
 from tinyr2.train.step import Learner, Reading, Scores, accumulate, score
-
-if TYPE_CHECKING:
-    from tinyr2.recipes.reinforce import ReinforceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class Company:
 class Reinforcement:
     """The steps of one run: everything random in step t follows from t, everything learned before is in the agent."""
 
-    config: "ReinforceConfig"
+    config: ReinforceConfig
     inputs: Inputs
     company: Company
     writer: Policy  # before the first step
@@ -73,7 +72,7 @@ class Reinforcement:
         clock.append(time.perf_counter())
         credited, facts = self._credited(collection.kept, t)
         clock.append(time.perf_counter())
-        kept = [r for r in credited if not (self.config.loss.mask_truncated and r.finish == "length")]
+        kept = [r for r in credited if not (self.config.loss.mask_truncated_completions and r.finish == "length")]
         scores, learned = self._learn(kept, t)
         clock.append(time.perf_counter())
         agent = self.company.agent
@@ -94,9 +93,11 @@ class Reinforcement:
 
     # what is written
 
-    def _verdict(self, rollout: Rollout) -> bool | None:
-        part = rollout.reward_parts.get(self.inputs.rewards[0].name)
-        return None if part is None else part >= 1.0
+    def _judged(self, rollout: Rollout) -> Rollout:
+        """Right or wrong; without a verdict there is no reward either, whatever the shape of the answer earns."""
+        verdict = verdict_of(self.inputs.rewards, rollout.problem.task)
+        part = None if verdict is None else rollout.reward_parts.get(verdict.name)
+        return replace(rollout, reward=None) if part is None else replace(rollout, right=part >= 1.0)
 
     def _collect(self, t: int) -> Collection:
         config = self.config
@@ -111,7 +112,7 @@ class Reinforcement:
                 rollouts = sample(policy, problems, n=config.rollout.num_generations, sampling=config.rollout,
                                   seed=config.train.seed, step=t * config.sampling.max_rounds + round_,
                                   max_rows=config.rollout.max_rows)
-            return [replace(r, right=self._verdict(r)) for r in grade(rollouts, self.inputs.rewards)]
+            return [self._judged(r) for r in grade(rollouts, self.inputs.rewards)]
 
         found = collect(config.sampling, config.rollout.prompts_per_step, deal, answer)
         self._remember(found)
@@ -162,23 +163,26 @@ class Reinforcement:
         rewards = {r.name: (r.weight, r.gamma) for r in self.inputs.rewards}
         # a critic is pretrained on what the answers really earned (Monte-Carlo returns)
         lam = 1.0 if config.value is None or self._pretrains(t) else config.value.lam
-        out = assign_credit(rollouts, config.advantage, config.kl, rewards, last_values=ends, critic_lam=lam)
-        if company.critic is not None and out and (explained := fit(out)) is not None:
+        credit = partial(assign_credit, rollouts, config.advantage, config.kl, rewards, last_values=ends)
+        out = credit(critic_lam=lam)
+        # λ below 1 would compare the critic with itself
+        earned = out if lam == 1.0 else credit(critic_lam=1.0)
+        if company.critic is not None and earned and (explained := fit(earned)) is not None:
             facts["value/explained_variance"] = explained
             if explained >= config.value.pretrain_until:
                 company.agent.critic_ready.fill_(True)
-        if config.opd is not None and config.opd.place == "advantage":
-            out = self._taught(out)
+        if config.opd is not None and config.opd.place == "advantage" and out:
+            out, facts["teacher_kl"] = self._taught(out)
         return out, facts
 
-    def _taught(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The teacher's log-ratio on each token, added to its credit: the reverse KL as an advantage."""
+    def _taught(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], float]:
+        """The teacher's log-ratio on each token, added to its credit: the reverse KL as an advantage; and that KL."""
         teacher = replace(self.learner, model=self.company.teacher.model)
         said = score(teacher, rollouts, self.config.rollout.temperature)
-        weight = self.config.opd.weight
-        return [replace(r, credit=tuple(c + weight * (q - p) for c, q, p in zip(r.credit, logp, old_logp(r),
-                                                                               strict=True)))
-                for r, logp in zip(rollouts, said, strict=True)]
+        gaps = [[q - p for q, p in zip(logp, old_logp(r), strict=True)] for r, logp in zip(rollouts, said, strict=True)]
+        taught = [replace(r, credit=tuple(c + self.config.opd.weight * g for c, g in zip(r.credit, gap, strict=True)))
+                  for r, gap in zip(rollouts, gaps, strict=True)]
+        return taught, -fmean(g for gap in gaps for g in gap)
 
     def _pretrains(self, t: int) -> bool:
         """Whether the policy still waits for the critic."""
@@ -206,7 +210,7 @@ class Reinforcement:
             found = self._fit_critic(rollouts, t, leave_last=pretrains) | {"value/pretraining": float(pretrains)}
         if pretrains or not rollouts:
             return None, found | {"loss": found.get("value/loss", 0.0)}
-        metrics, first = UpdateMetrics(), []
+        metrics, first, seen = UpdateMetrics(), [], []
         some = self._mini_batches(rollouts, self.config.updates.num_iterations, self.config.updates.num_mini_batches, t)
         once = len(some) // self.config.updates.num_iterations
         for i, part in enumerate(some):
@@ -214,16 +218,19 @@ class Reinforcement:
             scores = self._accumulate(part, loss, metrics)
             metrics.add(scores, loss)
             first += [scores] if i < once else []
+            seen.append(scores.loss)
             if i < len(some) - 1:
-                update(self.optimizer, self.config.train.max_grad_norm, scores.loss)
+                seen += update(self.optimizer, self.config.train.max_grad_norm, scores.loss).values()
         joined = Scores.joined(first)
+        if not all(map(isfinite, seen)):  # one of several updates was skipped: the monitor is to know
+            joined = replace(joined, loss=nan)
         cap = self.config.loss.importance.cap if self._corrects else None
         # actor and learner have the same weights before the first update alone
         gaps = {name: x for name, x in score_metrics(first[0], cap).items() if name.startswith("sampling/")}
-        seen = score_metrics(joined, cap) | gaps
-        if "kl" in seen and self.company.reference is not None:  # `kl` is to the reference
-            seen["teacher_kl"] = seen.pop("kl")
-        return joined, seen | metrics.means() | found
+        out = score_metrics(joined, cap) | gaps
+        if "kl" in out and self.company.reference is not None:  # `kl` is to the reference
+            out["teacher_kl"] = out.pop("kl")
+        return joined, out | metrics.means() | found
 
     def _fit_critic(self, rollouts: list[Rollout], t: int, *, leave_last: bool) -> dict[str, float]:
         value, losses, norms = self.config.value, [], []

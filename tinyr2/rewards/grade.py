@@ -9,13 +9,13 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -34,7 +34,8 @@ class RewardConfig(Config):
     file: str | None = None  # a Python file
     function: str | None = None  # def function(prompts, completions, completion_ids, **columns) -> list[float | None]
     weight: float = Field(1.0, allow_inf_nan=False)
-    gamma: float = Field(1.0, gt=0.0, le=1.0)  # this reward's own discount, back over the tokens (2502.03373)
+    # this reward's own discount, back over the tokens (2502.03373); None: advantage.gamma, as all the others
+    gamma: float | None = Field(None, gt=0.0, le=1.0)
     tasks: tuple[str, ...] | None = Field(None, min_length=1)  # whose rollouts it grades; null: all
     options: dict[str, Any] = {}  # of the built-in reward; a user's function takes them as keyword arguments
 
@@ -55,7 +56,7 @@ class RewardFunction:
     name: str
     weight: float
     call: Callable[..., Sequence[float | None]]
-    gamma: float = 1.0  # a token t steps before the last gets gamma**t of the reward
+    gamma: float | None = None  # a token t steps before the last gets gamma**t of the reward; None: training's own
     tasks: tuple[str, ...] | None = None  # None: all
 
 
@@ -103,14 +104,32 @@ def load_rewards(configs: Sequence[RewardConfig], *, max_completion_length: int 
     return rewards
 
 
+R = TypeVar("R", RewardConfig, RewardFunction)
+
+
+def verdict_of(rewards: Sequence[R], task: str) -> R | None:
+    """The reward that says whether an answer to `task` is right: the first that grades it. None: none does."""
+    return next((r for r in rewards if r.tasks is None or task in r.tasks), None)
+
+
+def verdicts(rewards: Sequence[RewardConfig], tasks: Iterable[str]) -> tuple[RewardConfig, ...]:
+    """What a share of right answers is measured by: each task's verdict, alone and with weight 1."""
+    judged: dict[int, list[str]] = {}
+    for task in dict.fromkeys(tasks):
+        if (found := verdict_of(rewards, task)) is not None:
+            judged.setdefault(next(i for i, r in enumerate(rewards) if r is found), []).append(task)
+    return tuple(rewards[i].model_copy(update={"weight": 1.0, "tasks": tuple(of)}) for i, of in judged.items())
+
+
 def grade(rollouts: Sequence[Rollout], rewards: Sequence[RewardFunction]) -> list[Rollout]:
     """The rollouts with `reward_parts` by function name, and `reward`, the weighted sum of the parts that are not None.
 
     Each function is called once, with all rollouts of its tasks that carry no error yet: prompts and completions as
     lists of turns (`[{"role": "assistant", "content": text}]`), completion_ids, answer, and every other column of
-    these rows' data (None where one lacks it). The part of a rollout of another task is None. All parts None: reward
-    None. A function that raises or returns the wrong number of rewards fills `error` of all that it was called with,
-    a reward that is no finite number that of its rollout; then reward is None.
+    these rows' data (None where one lacks it). The part of a rollout of another task is None. A part of weight 0 is
+    shown and decides nothing: where all others are None, reward is None. A function that raises or returns the wrong
+    number of rewards fills `error` of all that it was called with, a reward that is no finite number that of its
+    rollout; then reward is None.
     """
     graded = [i for i, rollout in enumerate(rollouts) if rollout.error is None]
     result = list(rollouts)
@@ -119,7 +138,8 @@ def grade(rollouts: Sequence[Rollout], rewards: Sequence[RewardFunction]) -> lis
         given = {name: values.get(i) for name, values in parts.items()}
         errors = [value for value in given.values() if isinstance(value, str)]
         scores = {name: None if isinstance(value, str) else value for name, value in given.items()}
-        known = [reward.weight * scores[reward.name] for reward in rewards if scores[reward.name] is not None]
+        known = [reward.weight * scores[reward.name] for reward in rewards
+                 if reward.weight and scores[reward.name] is not None]
         result[i] = replace(rollouts[i], reward_parts=scores, error="; ".join(errors) or None,
                             reward=math.fsum(known) if known and not errors else None)
     return result

@@ -32,7 +32,8 @@ class AccuracyOptions(Config):
     """Whether math-verify is asked where the exact comparison says no, and how long it may take."""
 
     math_verify: bool = False
-    timeout_s: float = Field(5.0, gt=0.0, le=600.0)  # for each question
+    # for each question, by the clock: on a loaded machine another run may leave undecided what this one decided
+    timeout_s: float = Field(5.0, gt=0.0, le=600.0)
     workers: int = Field(2, ge=1, le=64)  # processes
 
 

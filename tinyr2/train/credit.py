@@ -20,7 +20,7 @@ from tinyr2.objectives import kl as kls
 from tinyr2.objectives.advantage import discounted_outcome, group_mean, leave_one_out, scaled, spread, whiten
 from tinyr2.objectives.value import adaptive_lambda, discounted_sum, gae
 
-Rewards = Mapping[str, tuple[float, float]]  # by name: weight and discount
+Rewards = Mapping[str, tuple[float, float | None]]  # by name: weight and discount; None: that of the config
 
 
 class AdvantageConfig(Config):
@@ -131,13 +131,12 @@ def _shares(rollouts: Sequence[Rollout], outcomes: Sequence[float | None], rewar
     """
     shares: dict[float, list[float | None]] = {}
     rest = list(outcomes)
-    for gamma in sorted({g for _, g in rewards.values()} - {1.0}):
+    for gamma in sorted({g for _, g in rewards.values() if g is not None} - {config.gamma}):
         part = [None if x is None else sum(w * (r.reward_parts.get(name) or 0.0) for name, (w, g) in rewards.items()
                                            if g == gamma) for x, r in zip(outcomes, rollouts, strict=True)]
         rest = [None if x is None else x - p for x, p in zip(rest, part, strict=True)]
         shares[gamma] = part
-    alike = shares.get(config.gamma, [0.0] * len(rest))
-    shares[config.gamma] = [None if x is None else x + p for x, p in zip(rest, alike, strict=True)]
+    shares[config.gamma] = rest
     if config.baseline == "value":
         return shares
     return {g: _centered(rollouts, share, outcomes, config) for g, share in shares.items()}

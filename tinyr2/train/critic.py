@@ -6,6 +6,7 @@ sits on the policy's; either way its `score` is a linear layer over last hidden 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +25,7 @@ from tinyr2.train.step import Learner, predicting, without_dropout
 class ValueConfig(Config):
     """The critic, and how it learns."""
 
-    trunk: str = Field("separate", pattern="^(separate|shared)$")  # a body of its own, or the policy's
+    trunk: Literal["separate", "shared"] = "separate"  # a body of its own, or the policy's
     path: str | None = None  # where a separate body begins: a reward model, or None, the policy's own folder
     lam: float = Field(1.0, ge=0, le=1)  # of the critic's targets; the policy's is advantage.lam
     clip: float | None = Field(0.2, gt=0)  # how far a step's updates may move a value; None: any far

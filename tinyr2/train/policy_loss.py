@@ -52,13 +52,13 @@ class PolicyLossConfig(Config):
     ratio: Literal["token", "sequence_mean", "sequence"] = "token"  # π/π_old of what is clipped
     epsilon: float = Field(0.2, gt=0)  # the ratio is not rewarded for going below 1 − epsilon
     epsilon_high: float | None = Field(None, gt=0)  # nor above 1 + epsilon_high; None: epsilon
-    dual_clip: float | None = Field(None, gt=1)  # where the advantage is negative, the ratio counts as this at most
+    delta: float | None = Field(None, gt=1)  # dual clip: with a negative advantage the ratio counts as this at most
     # token: mean over tokens; sequence: mean over answers of their token means; constant: sum over an answer's tokens,
     # divided by `constant`, mean over answers
     aggregation: Literal["token", "sequence", "constant"] = "token"
     constant: float | None = Field(None, gt=0)  # None: rollout.max_completion_length
     positive_nll: float = Field(0.0, ge=0)  # weight of the likelihood of right answers (VAPO)
-    mask_truncated: bool = False  # answers that were cut off stay in the baseline and leave the loss (DAPO)
+    mask_truncated_completions: bool = False  # answers that were cut off stay in the baseline and leave the loss (DAPO)
     importance: ImportanceConfig = ImportanceConfig()
 
 
@@ -106,7 +106,7 @@ class PolicyLoss:
             part, logp = s.part, s.learner_logp
             log_ratio = self._log_ratio(batch, ratio, s)
             terms = clipped_surrogate(log_ratio, batch.advantage[part], low=self.config.epsilon,
-                                      high=self.config.epsilon_high or self.config.epsilon, dual=self.config.dual_clip)
+                                      high=self.config.epsilon_high or self.config.epsilon, dual=self.config.delta)
             factor = known[part] if known is not None else self._correction(batch, logp, part)
             terms = terms if factor is None else terms * factor
             if self.kl.place == "loss" and self.kl.beta:

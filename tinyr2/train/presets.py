@@ -67,12 +67,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"aggregation": "constant", "epsilon": 0.2},
     },
     # Yu et al. 2025, 2503.14476, eq. 8: clip 0.2/0.28, mean over all tokens, groups of equal rewards sampled anew,
-    # answers that were cut off left out, a batch in 16 mini-batches; no KL. Its soft overlong punishment (eq. 13) is the
-    # reward `soft_overlong`.
+    # answers that were cut off left out, a batch in 16 mini-batches; no KL. Its soft overlong punishment (eq. 13) is
+    # the reward `soft_overlong`.
     "dapo": {
         "rollout": {"num_generations": 16},
         "advantage": {"baseline": "group_mean", "scale": "group_std"},
-        "loss": {"aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28, "mask_truncated": True},
+        "loss": {"aggregation": "token", "epsilon": 0.2, "epsilon_high": 0.28, "mask_truncated_completions": True},
         "sampling": {"equal_groups": "refill"}, "updates": {"num_mini_batches": 16},
     },
     # Zheng et al. 2025, 2507.18071, eq. 5 to 7: the clip reads the geometric mean of an answer's ratios; 3e-4/4e-4,
