@@ -257,7 +257,7 @@ def pair_raw(world: Path, seed: int, algorithm: str) -> dict[str, Any]:
     return {"algorithm": algorithm, "model": {"path": str(world / "cold/final")}, "pairs_per_step": 32,
             "data": {"path": str(world / "pairs_train.jsonl")}, "output_dir": str(world / algorithm), "device": "cpu",
             "eval_data": {"path": str(world / "pairs_held_out.jsonl")},
-            "train": _train(seed, 150, 5e-4 if algorithm == "dpo" else 2e-3, warmup_steps=10)}
+            "train": _train(seed, 150, 1e-4 if algorithm == "dpo" else 2e-3, warmup_steps=10)}
 
 
 def measured(result: dict[str, Any], method: str, task: str, seed: int) -> dict[str, Any]:
