@@ -523,6 +523,8 @@ CONTRADICTIONS = {
     "a spread beside a critic": ((*VALUE, "advantage.scale=batch_std"), "scale: batch_std is that of rewards"),
     "a comparison of one": (("advantage.baseline=none", "rollout.num_generations=1", "sampling.equal_groups=drop"),
                             "sampling.equal_groups: drop compares the answers of a group"),
+    "two places": (("kl={place: [loss, token_reward], beta: 0.1}",), "kl.place: loss and token_reward: a KL in several "
+                   "places counts several times"),
     "a place without a weight": (("kl.place=loss",), "kl: beta 0.0 with place: loss; give both, or neither"),
     "a constant that divides nothing": (("loss.constant=8",), "loss.constant is what aggregation: constant divides by"),
     "a weight without a place": (("kl.beta=0.1",), "kl: beta 0.1 with place: none; give both, or neither"),

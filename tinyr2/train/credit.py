@@ -8,10 +8,10 @@ an algorithm is a point among them (`train/presets.py`).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from tinyr2.core.config import Config
@@ -44,6 +44,14 @@ class KlConfig(Config):
     estimator: Literal["k1", "k2", "k3"] = "k3"  # d, d²/2, e⁻ᵈ − 1 + d
     beta: float = Field(0.0, ge=0)
     ratio: bool = False  # in the loss, times π/π_old: unbiased when off-policy (DeepSeek-V3.2, 2512.02556)
+
+    @field_validator("place", mode="before")
+    @classmethod
+    def _one_place(cls, place: Any) -> Any:
+        if isinstance(place, list | tuple):
+            raise ValueError(f"{' and '.join(map(str, place))}: a KL in several places counts several times; "
+                             "choose one")
+        return place
 
 
 def assign_credit(rollouts: Sequence[Rollout], advantage: AdvantageConfig, kl: KlConfig, rewards: Rewards, *,
