@@ -5,6 +5,8 @@ import pytest
 
 from tinyr2.core.errors import ConfigError
 from tinyr2.data.tasks import CARRY, SignedSums, Sum, signed_sums
+from tinyr2.rewards.answer import exact_answer
+from tinyr2.rewards.shaping import LanguageOptions, ThinkFormatOptions, language, think_format
 
 LEVEL = SignedSums(terms=3, digits=2)
 
@@ -90,3 +92,56 @@ def test_so_many_solutions_are_careless_and_no_answer_is():
     assert 0.45 < sum(changed) / 400 < 0.9
     assert all(p.completion[0].content.endswith(f"####{p.answer}") for p in plain)
     assert all(sum(p.messages[0].content.count(sign) for sign in "+-") == 2 for p in plain)
+
+
+def test_a_carry_is_written_in_words_of_one_language_or_two_and_the_result_in_tags():
+    s = Sum((58, -367, 912))
+    assert s.solution(languages=["en"] * 3) == "8-7+2=3 carry 0;5-6+1=0 carry 0;0-3+9=6 carry 0####603"
+    assert s.solution(languages=["en", "zh", "zh"], think=True) == (
+        "<think>8-7+2=3 carry 0;5-6+1=0 进位 0;0-3+9=6 进位 0</think><answer>603</answer>")
+    assert s.solution(think=True) == "<think>0:8-7+2=03;0:5-6+1=00;0:0-3+9=06</think><answer>603</answer>"
+    assert Sum((20, -7)).solution(languages=["en"] * 2) == "0-7=3 carry b;2-0=1 carry 0####13"
+    # who never carries writes so
+    assert Sum((9, 8, 7)).solution(languages=["zh"] * 2, careless=True) == "9+8+7=4 进位 0;0+0+0=0 进位 0####4"
+
+
+STYLES = [SignedSums(terms=3, digits=3, words=words, think=think, careless=careless)
+          for words in ("none", "en", "zh", "mixed") for think in (False, True) for careless in (0.0, 0.9)]
+
+
+@pytest.mark.parametrize("level", STYLES, ids=lambda level: f"{level.words}-{level.think}-{level.careless}")
+def test_a_style_changes_the_solution_alone_and_the_rewards_read_it(level):
+    problems, plain = signed_sums(level, "train", 300, 0), signed_sums(SignedSums(terms=3, digits=3), "train", 300, 0)
+    assert [(p.id, p.messages, p.answer) for p in problems] == [(p.id, p.messages, p.answer) for p in plain]
+    texts = [p.completion[0].content for p in problems]
+    assert max(len(text) for text in texts) <= level.longest_solution
+    assert think_format(ThinkFormatOptions(answer=("<answer>", "</answer>")))(texts) == [float(level.think)] * 300
+    right = exact_answer(texts, [p.answer for p in problems])
+    assert right == [1.0] * 300 if level.careless == 0 else 0.2 < sum(right) / 300 < 0.8
+    english, shares = language(LanguageOptions())(texts), {"none": 1.0, "en": 1.0, "zh": 0.0}
+    if level.words == "mixed":
+        assert {0.0, 1.0} < set(english) and 0.2 < sum(english) / 300 < 0.5  # one word carry, two characters 进位
+    else:
+        assert english == [shares[level.words]] * 300
+
+
+@pytest.mark.parametrize("level", [SignedSums(words="en"), SignedSums(words="mixed", think=True)], ids=str)
+def test_the_calculation_can_be_read_from_the_words(level):
+    value = {text: number for number, text in CARRY.items()}
+    for problem in signed_sums(level, "train", 300, 1):
+        text = problem.completion[0].content.replace("</think><answer>", "####")
+        columns, answer = re.sub("<[^>]+>", "", text).split("####")
+        carry, result = 0, 0
+        for i, column in enumerate(columns.split(";")):
+            terms, digit, out = re.fullmatch(r"([\d+-]+)=(\d) (?:carry|进位) (.)", column).groups()
+            assert sum(int(t) for t in re.findall(r"[+-]?\d", terms)) + carry == 10 * value[out] + int(digit)
+            carry, result = value[out], result + 10**i * int(digit)
+        assert carry == 0 and result == int(answer) == int(problem.answer)
+
+
+def test_the_languages_of_a_mixed_solution_follow_from_the_seed():
+    level = SignedSums(words="mixed")
+    assert signed_sums(level, "train", 50, 0) == signed_sums(level, "train", 50, 0)
+    words = [re.findall("carry|进位", p.completion[0].content) for p in signed_sums(level, "train", 500, 0)]
+    assert 0.45 < sum(w.count("carry") for w in words) / sum(map(len, words)) < 0.55
+    assert any(w == ["carry", "进位"] for w in words) and any(w == ["进位", "carry"] for w in words)

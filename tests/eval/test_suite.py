@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean
 
@@ -135,6 +136,12 @@ def test_lengths_truncation_and_speed_by_hand():
     cut = Rollout(**{**vars(long[0]), "finish": "length"})
     result = summarize([*short, cut], EvalConfig(), seconds=0.5)
     assert (result.mean_length, result.clipped_ratio, result.tokens_per_s) == (4.0, 0.25, 32.0)
+
+
+def test_each_reward_has_its_mean_over_the_answers_that_it_graded():
+    parts = [{"right": 1.0, "form": 0.5}, {"right": 0.0, "form": None}, {"right": 1.0, "form": 0.0}]
+    rollouts = [replace(r, reward_parts=p) for r, p in zip(_graded([[("x", 1.0)]] * 3), parts, strict=True)]
+    assert summarize(rollouts, EvalConfig(), seconds=1.0).parts == {"right": 2 / 3, "form": 0.25}
 
 
 def test_the_row_is_json_and_the_metrics_leave_the_clock_out():

@@ -294,7 +294,8 @@ def real(world: Path, out: Path, steps: int = 2) -> PipelineConfig:
             "model": {"path": "stage:cold"}, "data": sums, "rewards": rewards, "max_completion_length": 8, "keep": 2,
             "num_threads": 1, "problems_per_chunk": 8, "device": "cpu", "temperature": 1.5, "num_generations": 6}},
         tune("final_one", "stage:base", "stage:kept")],
-        "compare": {"data": sums | {"split": "held_out", "limit": 10}, "rewards": rewards, "device": "cpu",
+        "compare": {"data": sums | {"split": "held_out", "limit": 10}, "device": "cpu",
+                    "rewards": [*rewards, {"name": "think_format", "weight": 0}],
                     "eval": {"max_completion_length": 8}}}, "test")
 
 
@@ -317,6 +318,9 @@ def test_a_small_pipeline_runs_from_nothing_to_a_table_and_a_page(world, tmp_pat
     measured = [name for name, row in rows.items() if row["n"] is not None]
     assert measured == ["cold", "final_one"]
     assert rows["cold"]["n"] == 10 and 0 <= rows["cold"]["low"] <= rows["cold"]["pass_at_1"] <= rows["cold"]["high"]
+    # what weighs nothing has a column, and decides nothing
+    assert rows["cold"]["lenient"] == rows["cold"]["pass_at_1"] and rows["cold"]["think_format"] == 0.0
+    assert "think_format" in said.getvalue()
     assert rows["kept"]["num_generated_tokens"] > 24 * 6
     assert all(row["seconds"] > 0 for row in rows.values())
     page = (out / "report.html").read_text()

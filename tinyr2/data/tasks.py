@@ -4,11 +4,14 @@ In: a difficulty and a seed. Out: problems with their worked solution, on one si
 
     58-367+912 = ?   →   0:8-7+2=03;0:5-6+1=00;0:0-3+9=06####603
 
-Each column reads "carry in : digits = carry out, digit"; a borrow is the carry b (−1) or c (−2).
+Each column reads "carry in : digits = carry out, digit"; a borrow is the carry b (−1) or c (−2). Written in words, a
+column ends with the carry that it hands on, which the next one adds, and tags may stand in place of ####:
+
+    58-367+912 = ?   →   <think>8-7+2=3 carry 0;5-6+1=0 进位 0;0-3+9=6 carry 0</think><answer>603</answer>
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +23,10 @@ from tinyr2.core.rng import derive
 from tinyr2.core.types import Message, Problem
 
 Split = Literal["train", "held_out"]
+Language = Literal["en", "zh"]
 HELD_OUT_SHARE = 8  # one canonical problem in eight is held out
 CARRY = {-2: "c", -1: "b", 0: "0", 1: "1", 2: "2"}
+CARRY_WORD: dict[Language, str] = {"en": "carry", "zh": "进位"}
 
 
 def split_of(canonical: str) -> Split:
@@ -37,6 +42,8 @@ class SignedSums(Config):
     min_terms: int = Field(2, ge=2, le=3)
     # share of worked solutions by an author who never carries; their answers are often wrong, `Problem.answer` never is
     careless: float = Field(0.0, ge=0, le=1)
+    words: Literal["none", "en", "zh", "mixed"] = "none"  # mixed: the language of each column is drawn
+    think: bool = False  # <think>columns</think><answer>result</answer>, in place of columns####result
 
     @model_validator(mode="after")
     def _some_terms(self) -> "SignedSums":
@@ -47,8 +54,10 @@ class SignedSums(Config):
     @property
     def longest_solution(self) -> int:
         """Characters that no solution exceeds."""
-        column = len("0:=00;") + 2 * self.terms - 1
-        return (self.digits + 1) * column + len("####") + self.digits + 1
+        frame = len("0:=00;") if self.words == "none" else len("=0 carry 0;")
+        column = frame + 2 * self.terms - 1
+        marks = len("<think></think><answer></answer>") if self.think else len("####")
+        return (self.digits + 1) * column + marks + self.digits + 1
 
 
 @dataclass(frozen=True)
@@ -72,17 +81,29 @@ class Sum:
         """Which side it is on, however it is ordered."""
         return split_of(self.canonical)
 
-    def solution(self, *, careless: bool = False) -> str:
-        """The columns from the right, then "####" and the result; careless: as if no column handed a carry on."""
+    @property
+    def columns(self) -> int:
+        """How many columns a solution works through, careless or not."""
+        return max(len(str(abs(t))) for t in (*self.terms, sum(self.terms)))
+
+    def solution(self, *, careless: bool = False, languages: Sequence[Language] | None = None,
+                 think: bool = False) -> str:
+        """The columns from the right and the result.
+
+        careless: as if no column handed a carry on. languages: of each column, where its carry is written in words.
+        """
         carry, columns, result = 0, [], []
-        for i in range(max(len(str(abs(t))) for t in (*self.terms, sum(self.terms)))):
+        for i in range(self.columns):
             digits = [abs(t) // 10**i % 10 for t in self.terms]
             signed = "".join(f"{'-' if t < 0 else '+'}{d}" for t, d in zip(self.terms, digits, strict=True))
             out, digit = divmod(carry + sum(d if t >= 0 else -d for t, d in zip(self.terms, digits, strict=True)), 10)
-            columns.append(f"{CARRY[carry]}:{signed.removeprefix('+')}={CARRY[out]}{digit}")
+            given, worked = signed.removeprefix("+"), 0 if careless else out
+            columns.append(f"{CARRY[carry]}:{given}={CARRY[out]}{digit}" if languages is None else
+                           f"{given}={digit} {CARRY_WORD[languages[i]]} {CARRY[worked]}")
             result.append(str(digit))
-            carry = 0 if careless else out
-        return ";".join(columns) + "####" + ("".join(reversed(result)).lstrip("0") or "0")
+            carry = worked
+        steps, answer = ";".join(columns), "".join(reversed(result)).lstrip("0") or "0"
+        return f"<think>{steps}</think><answer>{answer}</answer>" if think else f"{steps}####{answer}"
 
 
 def signed_sums(level: SignedSums, split: Split, n: int, seed: int) -> list[Problem]:
@@ -100,7 +121,8 @@ def signed_sums(level: SignedSums, split: Split, n: int, seed: int) -> list[Prob
         if drawn > 200 * n + 10_000:
             raise ConfigError(f"{n} different {split} sums with up to {level.terms} terms of {level.digits} digits: "
                               f"only {len(seen)} turned up; ask for fewer, or raise terms or digits")
-    return [_problem(s, split, i, derive(seed, "careless", s.canonical) < level.careless * 2**63)
+    return [Problem(id=f"{split}:{i}", task="signed_sums", messages=(Message("user", s.text + "="),),
+                    completion=(Message("assistant", _worked(s, level, seed)),), answer=str(sum(s.terms)))
             for i, s in enumerate(seen.values())]
 
 
@@ -113,6 +135,15 @@ def _draw(level: SignedSums, rng: random.Random) -> Iterator[Sum]:
             yield Sum(tuple(terms))
 
 
-def _problem(s: Sum, split: Split, i: int, careless: bool) -> Problem:
-    return Problem(id=f"{split}:{i}", task="signed_sums", messages=(Message("user", s.text + "="),),
-                   completion=(Message("assistant", s.solution(careless=careless)),), answer=str(sum(s.terms)))
+def _worked(s: Sum, level: SignedSums, seed: int) -> str:
+    """The solution as its author, drawn by the seed, writes it."""
+    careless = derive(seed, "careless", s.canonical) < level.careless * 2**63
+    return s.solution(careless=careless, languages=_languages(s, level, seed), think=level.think)
+
+
+def _languages(s: Sum, level: SignedSums, seed: int) -> list[Language] | None:
+    if level.words == "none":
+        return None
+    if level.words == "mixed":
+        return ["en" if derive(seed, "words", s.canonical, i) % 2 else "zh" for i in range(s.columns)]
+    return [level.words] * s.columns

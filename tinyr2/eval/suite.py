@@ -7,6 +7,7 @@ JSON are written. What the graders could not decide is counted, and leaves the s
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -54,6 +55,7 @@ class EvalResult:
     verdicts: tuple[tuple[bool | None, ...], ...]  # (problems, n) solved or not; None: undecided
     pass_at: Mapping[int, Estimate | None]  # by k, over problems with at least k decided answers
     maj_at: Mapping[int, Estimate | None]  # by k > 1; empty where no answer could be extracted
+    parts: Mapping[str, float]  # by reward: the mean over the answers that it graded
     mean_length: float  # tokens per answer, its end token included
     clipped_ratio: float  # share of answers cut off at the length limit
     undecided: int  # answers without a verdict
@@ -116,7 +118,8 @@ def summarize(rollouts: Sequence[Rollout], config: EvalConfig, seconds: float) -
     return EvalResult(
         problem_ids=tuple(group[0].problem.id for group in groups), verdicts=verdicts,
         pass_at={k: _pass_at(verdicts, k, config) for k in config.k}, maj_at=_maj_at(groups, verdicts, config),
-        mean_length=tokens / len(rollouts), clipped_ratio=sum(r.finish == "length" for r in rollouts) / len(rollouts),
+        parts=_part_means(rollouts), mean_length=tokens / len(rollouts),
+        clipped_ratio=sum(r.finish == "length" for r in rollouts) / len(rollouts),
         undecided=sum(row.count(None) for row in verdicts),
         errors=tuple(dict.fromkeys(r.error for r in rollouts if r.error is not None)),
         seconds=seconds, tokens_per_s=tokens / seconds)
@@ -131,6 +134,15 @@ def _chosen(problems: Sequence[Problem], config: EvalConfig) -> Sequence[Problem
         raise ConfigError(f"num_problems {config.num_problems}: the dataset has {len(problems)}; ask for no more, or "
                           "set it to null for all")
     return [problems[i] for i in sorted(permutation(len(problems), config.seed, "eval")[:config.num_problems])]
+
+
+def _part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    graded: dict[str, list[float]] = {}
+    for rollout in rollouts:
+        for name, part in rollout.reward_parts.items():
+            if part is not None:
+                graded.setdefault(name, []).append(part)
+    return {name: fmean(parts) for name, parts in graded.items()}
 
 
 def _verdict(rollout: Rollout, config: EvalConfig) -> bool | None:

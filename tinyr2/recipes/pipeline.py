@@ -60,6 +60,7 @@ class CompareConfig(Config):
     """On what the models are compared at the end, and which; by default all that a stage trained to answer."""
 
     data: Sources
+    # where there are several, the mean of each has a column; one of weight 0 is shown, and decides nothing
     rewards: tuple[RewardConfig, ...] = (RewardConfig(name="exact_answer"),)
     eval: EvalConfig = EvalConfig()
     models: tuple[str, ...] | None = None  # names of stages
@@ -276,13 +277,14 @@ def measure(path: str, compare: CompareConfig, console: Console) -> dict[str, An
     for error in result.errors:
         console.note(f"not graded: {error}")
     found = result.pass_at.get(1)
+    parts = result.parts if len(rewards) > 1 else {}
     return {"params": count_parameters(model)[0], "pass_at_1": found and found.value, "low": found and found.low,
-            "high": found and found.high, "n": found.n if found else 0, "mean_length": result.mean_length}
+            "high": found and found.high, "n": found.n if found else 0, "mean_length": result.mean_length, **parts}
 
 
 def _finish(run: Run, ledger: Ledger, stages: list[Stage], measured: Mapping[str, Mapping[str, Any]]) -> dict:
     """The table of all stages, result.json and the page."""
-    figures = ("params", "pass_at_1", "low", "high", "n", "mean_length") if measured else ()
+    figures = list(dict.fromkeys(name for row in measured.values() for name in row))
     rows = {}
     for stage in stages:
         entry, found = ledger.stages[stage.name], measured.get(stage.name, {})
