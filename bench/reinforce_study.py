@@ -13,6 +13,7 @@ intervals, tokens, seconds. Runs that are done are kept, and one that was stoppe
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,14 +27,17 @@ from tinyr2.core.files import write_atomic
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Problem
 from tinyr2.data.countdown import Countdown, countdown
+from tinyr2.data.problems import DataConfig, load_problems
 from tinyr2.data.tasks import SignedSums, signed_sums
 from tinyr2.eval.intervals import wilson
-from tinyr2.models.load import save_model
-from tinyr2.recipes import distill, dpo, reinforce, reject, rm, sft
+from tinyr2.models.load import ModelConfig, load_model, load_tokenizer, save_model
+from tinyr2.recipes import distill, dpo, reinforce, reject, rm, setup, sft
 from tinyr2.recipes.child import run_in_child
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.report.console import Console
 from tinyr2.report.jsonl import read_jsonl
+from tinyr2.rollouts.sample import sample
+from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.tokens.build import train_tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "reinforce.json"
@@ -55,6 +59,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 SUMS = ("grpo", "dapo", "rloo", "reinforce_pp_baseline", "ppo", "vapo", "orz", "r1_zero", "dr_grpo", "gspo",
         "reinforce_pp")
 COUNTDOWN = SUMS[:6]
+FORM = {"sums": re.compile(r"(.:\d([+-]\d)+=.\d;)*.:\d([+-]\d)+=.\d####\d+"),
+        "countdown": re.compile(r"([\d()+*/-]+=-?\d+(/\d+)?;)*[\d()+*/-]+=-?\d+(/\d+)?####[\d()+*/-]+")}
 OPD = {"opd_tenth": 53, "opd_quarter": 132}  # steps of 32 answers: that share of the budget
 
 
@@ -110,7 +116,8 @@ class Study:
         if f"{world.name}/cold" not in self.rows:
             steps = 700 if task == "sums" else 600
             result = self.run("sft", sft_raw(world, "student", "solutions", "cold", steps, seed))
-            self.keep(f"{world.name}/cold", measured(result, "cold", task, seed))
+            row = measured(result, "cold", task, seed)
+            self.keep(f"{world.name}/cold", row | {"well_formed": well_formed(world / "cold", task)})
         if task == "sums" and f"{world.name}/teacher" not in self.rows:
             result = self.run("sft", sft_raw(world, "teacher", "careful", "teacher", 1400, seed))
             self.keep(f"{world.name}/teacher", measured(result, "teacher", task, seed))
@@ -285,6 +292,16 @@ def measured(result: dict[str, Any], method: str, task: str, seed: int) -> dict[
     if method != "rm":
         row["greedy"] = judged(folder, task, temperature=0.0)["pass_at_1"]
     return row
+
+
+def well_formed(folder: Path, task: str) -> float:
+    """The share of sampled answers that have the form of a worked solution, right or wrong."""
+    model = load_model(ModelConfig(path=str(folder / "final")), torch.device("cpu"))
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder / "final")))
+    problems = load_problems(DataConfig(path=str(folder.parent / "held_out.jsonl")))
+    sampling = SamplingConfig(temperature=1.0, max_completion_length=96)
+    rollouts = sample(setup.policy_of(model, tokenizer, len(tokenizer)), problems, n=1, sampling=sampling, seed=0)
+    return fmean(FORM[task].fullmatch(r.text) is not None and r.finish == "stop" for r in rollouts)
 
 
 def judged(folder: Path, task: str, temperature: float = 1.0) -> dict[str, Any]:
