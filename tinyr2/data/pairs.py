@@ -17,6 +17,7 @@ from tinyr2.core.errors import DataError
 from tinyr2.core.types import Message, Problem
 from tinyr2.data import problems
 from tinyr2.data.rows import Row, open_rows
+from tinyr2.data.turns import known_columns, listed, turns, with_system
 
 OURS = ("prompt", "chosen", "rejected", "margin")
 
@@ -50,13 +51,7 @@ class PairsConfig(Config):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        for ours in columns:
-            if ours not in OURS:
-                hint = nearest(ours, OURS)
-                cure = f"did you mean {hint!r}? " if hint else ""
-                raise ValueError(f"{ours!r} is no column of ours; {cure}write `ours: theirs`, where ours is one of "
-                                 f"{', '.join(OURS)}")
-        return columns
+        return known_columns(columns, OURS)
 
 
 def load_pairs(config: PairsConfig) -> list[Pair]:
@@ -100,19 +95,19 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 def _pair(config: PairsConfig, row: Row, where: str, bare: Problem) -> Pair:
     column = _columns(config, row, where)
-    answers = {side: problems._turns(row, column[side], "assistant", where) for side in ("chosen", "rejected")}
-    given = problems._turns(row, column["prompt"], "user", where) if "prompt" in column else None
-    for side, turns in answers.items():
-        if turns[-1].role != "assistant":
-            raise DataError(f"{where}, column {column[side]!r}: the last turn is the {turns[-1].role}'s (roles: "
-                            f"{[m.role for m in turns]}); it must be the assistant's: it is the answer that is judged")
-    if given is None or any(len(turns) > 1 for turns in answers.values()):
+    answers = {side: turns(row, column[side], "assistant", where) for side in ("chosen", "rejected")}
+    given = turns(row, column["prompt"], "user", where) if "prompt" in column else None
+    for side, said in answers.items():
+        if said[-1].role != "assistant":
+            raise DataError(f"{where}, column {column[side]!r}: the last turn is the {said[-1].role}'s (roles: "
+                            f"{[m.role for m in said]}); it must be the assistant's: it is the answer that is judged")
+    if given is None or any(len(said) > 1 for said in answers.values()):
         prompt = _shared_prompt(given, answers["chosen"], answers["rejected"], where)
     else:
         prompt = given
     consumed = {config.columns.get(ours, ours) for ours in OURS}
     rest = {k: v for k, v in row.items() if k not in consumed}
-    return Pair(problem=replace(bare, messages=problems._with_system(config, prompt, where), columns=rest),
+    return Pair(problem=replace(bare, messages=with_system(config.system, prompt, where), columns=rest),
                 chosen=answers["chosen"][-1:], rejected=answers["rejected"][-1:],
                 margin=_margin(row, column["margin"], where) if "margin" in column else None)
 
@@ -126,7 +121,7 @@ def _columns(config: PairsConfig, row: Row, where: str) -> dict[str, str]:
         theirs = names[lacking[0]]
         hint = nearest(theirs, row)
         cure = f"did you mean {hint!r}? " if hint else ""
-        raise DataError(f"{where}: no column {theirs!r}; {cure}it has {problems._listed(row)}; a pair has chosen and "
+        raise DataError(f"{where}: no column {theirs!r}; {cure}it has {listed(row)}; a pair has chosen and "
                         f"rejected, and yours are named with columns: {{{lacking[0]}: their_name}}")
     return {o: t for o, t in names.items() if t in row and (row[t] is not None or o in ("chosen", "rejected"))}
 

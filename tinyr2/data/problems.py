@@ -20,11 +20,11 @@ from tinyr2.core.rng import permutation
 from tinyr2.core.types import Message, Problem
 from tinyr2.data.generate import SPLITS, check_task, generate
 from tinyr2.data.rows import Row, open_rows
+from tinyr2.data.turns import known_columns, listed, turns, with_system
 
 OURS = ("prompt", "completion", "messages", "answer", "solution")
 GENERATED = 10_000  # problems of a generated task where the config has no limit
 T = TypeVar("T")
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 class DataConfig(Config):
@@ -48,13 +48,7 @@ class DataConfig(Config):
     @field_validator("columns")
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
-        for ours in columns:
-            if ours not in OURS:
-                hint = nearest(ours, OURS)
-                cure = f"did you mean {hint!r}? " if hint else ""
-                raise ValueError(f"{ours!r} is no column of ours; {cure}write `ours: theirs`, where ours is one of "
-                                 f"{', '.join(OURS)}")
-        return columns
+        return known_columns(columns, OURS)
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
@@ -128,8 +122,8 @@ def fingerprint(problems: Sequence[Problem]) -> str:
     """16 hex digits over all that the problems hold, in their order."""
     digest = blake2b(digest_size=8)
     for p in problems:
-        turns = [[(m.role, m.content) for m in part or ()] for part in (p.messages, p.completion)]
-        text = json.dumps([p.id, p.task, turns, p.answer, sorted(p.columns.items())], default=repr)
+        said = [[(m.role, m.content) for m in part or ()] for part in (p.messages, p.completion)]
+        text = json.dumps([p.id, p.task, said, p.answer, sorted(p.columns.items())], default=repr)
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()
 
@@ -144,19 +138,19 @@ def _generated(config: DataConfig) -> list[Problem]:
 def _problem(config: DataConfig, row: Row, where: str, ident: str, task: str) -> Problem:
     source = _sources(config, row, where)
     if "prompt" in source:
-        prompt = _turns(row, source["prompt"], "user", where)
-        completion = _turns(row, source["completion"], "assistant", where) if "completion" in source else None
+        prompt = turns(row, source["prompt"], "user", where)
+        completion = turns(row, source["completion"], "assistant", where) if "completion" in source else None
     else:
-        turns = _turns(row, source["messages"], None, where)
-        cut = len(turns) - 1 if turns[-1].role == "assistant" else len(turns)
-        prompt, completion = turns[:cut], turns[cut:] or None
+        said = turns(row, source["messages"], None, where)
+        cut = len(said) - 1 if said[-1].role == "assistant" else len(said)
+        prompt, completion = said[:cut], said[cut:] or None
     if completion and [m.role for m in completion] != ["assistant"]:
         raise DataError(f"{where}: a completion is one assistant turn, this one has the roles "
                         f"{[m.role for m in completion]}; put the turns before the last answer into the prompt")
     consumed = {*config.columns.values(), "prompt", "completion", "messages", "answer"}
     named = row.get("task")  # a file of several tasks says which
     return Problem(id=ident, task=named if isinstance(named, str) else task,
-                   messages=_with_system(config, prompt, where), completion=completion,
+                   messages=with_system(config.system, prompt, where), completion=completion,
                    answer=_answer(config, row, source, where),
                    columns={k: v for k, v in row.items() if k not in consumed})
 
@@ -167,7 +161,7 @@ def _sources(config: DataConfig, row: Row, where: str) -> dict[str, str]:
         if theirs not in row:
             hint = nearest(theirs, row)
             cure = f"did you mean {hint!r}? " if hint else ""
-            raise DataError(f"{where}: no column {theirs!r} (columns.{ours}); {cure}it has {_listed(row)}")
+            raise DataError(f"{where}: no column {theirs!r} (columns.{ours}); {cure}it has {listed(row)}")
     source = {ours: config.columns.get(ours, ours) for ours in OURS}
     # A row without a completion may also say so with null.
     source = {o: t for o, t in source.items() if t in row and (row[t] is not None or o != "completion")}
@@ -178,7 +172,7 @@ def _sources(config: DataConfig, row: Row, where: str) -> dict[str, str]:
                             f"{{prompt: prompt}}")
         source = {o: t for o, t in source.items() if o not in ("prompt", "messages") or o in chosen}
     if "prompt" not in source and "messages" not in source:
-        raise DataError(f"{where}: no column `prompt` and none `messages`; it has {_listed(row)}; name yours with "
+        raise DataError(f"{where}: no column `prompt` and none `messages`; it has {listed(row)}; name yours with "
                         f"{_mapping_hint(row)}")
     return source
 
@@ -193,54 +187,11 @@ def _mapping_hint(row: Row) -> str:
     return f"columns: {{prompt: {text}}}"
 
 
-def _turns(row: Row, column: str, role: str | None, where: str) -> tuple[Message, ...]:
-    """A column as turns: text becomes one turn of `role`; ShareGPT's `from` and `value` are understood."""
-    value, where = row[column], f"{where}, column {column!r}"
-    if isinstance(value, str) and role is not None:
-        turns = (Message(role, value),)
-    elif isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        turns = tuple(_message(turn, f"{where}, turn {i}") for i, turn in enumerate(value, 1))
-    else:
-        wanted = "turns" if role is None else "text or turns"
-        raise DataError(f"{where}: {wanted} needed, got {value!r:.60}; turns are a list of objects with role and "
-                        f"content")
-    for turn in turns:
-        if not turn.content.strip():
-            raise DataError(f"{where}: the {turn.role} turn is empty; remove the row or fill it in")
-    return turns
-
-
-def _message(turn: Row, where: str) -> Message:
-    if turn.get("from") is not None:
-        turn = {"role": _SHAREGPT.get(turn["from"], turn["from"]), "content": turn.get("value")}
-    for key in ("role", "content"):
-        if not isinstance(turn.get(key), str):
-            raise DataError(f"{where}: {key} must be text, got {turn.get(key)!r:.60}; a turn is "
-                            f'{{"role": "user", "content": "…"}}')
-    return Message(turn["role"], turn["content"])
-
-
-def _with_system(config: DataConfig, prompt: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """The checked prompt, with the config's system turn."""
-    roles = [m.role for m in prompt]
-    if "user" not in roles:
-        raise DataError(f"{where}: the prompt has no user turn (its roles: {roles}); add one: it is what the model "
-                        f"answers")
-    if roles[-1] != "user":
-        raise DataError(f"{where}: the prompt ends with the {roles[-1]}'s turn (its roles: {roles}); the last turn "
-                        f"must be the user's; an answer belongs into `completion`")
-    if config.system is None:
-        return prompt
-    if roles[0] == "system":
-        raise DataError(f"{where}: the row has a system turn of its own; leave `system` out of the config")
-    return (Message("system", config.system), *prompt)
-
-
 def _answer(config: DataConfig, row: Row, source: dict[str, str], where: str) -> str | None:
     column = source.get("answer") or source.get("solution")
     if column is None:
         if config.answer_after is not None:
-            raise DataError(f"{where}: answer_after needs a column `answer` or `solution`; it has {_listed(row)}; name "
+            raise DataError(f"{where}: answer_after needs a column `answer` or `solution`; it has {listed(row)}; name "
                             f"yours with columns: {{answer: their_name}}")
         return None
     value = row[column]
@@ -256,7 +207,3 @@ def _answer(config: DataConfig, row: Row, source: dict[str, str], where: str) ->
             raise DataError(f"{where}, column {column!r}: no {config.answer_after!r} (answer_after) in "
                             f"{str(value)[-60:]!r}; mend the row or the marker")
     return text.strip() or None
-
-
-def _listed(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "no columns"
