@@ -567,7 +567,7 @@ def test_a_reward_model_reads_text_and_its_differences_are_told_but_are_no_fault
 def test_characters_that_a_reward_models_tokenizer_lacks_are_a_warning(sound):
     digits = train_tokenizer(["0123456789"], vocab_size=32, alphabet="corpus")
     warning = only(judged_by(sound, digits), "warn", "rewards.reward_model.unknown")
-    assert "5 of 5 problems" in warning.what and "<unk>" in warning.what and "`bytes`" in warning.cure
+    assert "5 of 5 prompts" in warning.what and "<unk>" in warning.what and "`bytes`" in warning.cure
 
 
 def test_a_reward_model_whose_template_cannot_write_the_problems_is_a_fault_and_some_of_them_a_warning(sound):

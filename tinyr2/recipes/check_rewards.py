@@ -105,11 +105,12 @@ def check_reader(reward: RewardFunction, reader: PreTrainedTokenizerBase, studen
     unknown, lost, rejected = unknown_id(reader), [], []
     for problem in chosen:
         try:
-            prompt, response = render_example(reader, problem.messages, problem.completion or _REPLY)
+            # the data's own solutions are not what it will read: only the prompts are known before a run
+            prompt, _ = render_example(reader, problem.messages, _REPLY)
         except DataError as error:
             rejected.append((problem, error))
             continue
-        if unknown is not None and unknown in (*prompt, *(response if problem.completion else ())):
+        if unknown is not None and unknown in prompt:
             lost.append(problem)
     if rejected:
         fault = fault_of(f"{where}.template", rejected[0][1])
@@ -117,7 +118,7 @@ def check_reader(reward: RewardFunction, reader: PreTrainedTokenizerBase, studen
                       f"write {len(rejected):,} of {len(chosen):,} problems, whose answers it gives no reward; the "
                       f"first is {rejected[0][0].id}: {fault.what}", fault.cure)
     if lost:
-        yield Finding("warn", f"{where}.unknown", f"{len(lost):,} of {len(chosen):,} problems have characters that its "
+        yield Finding("warn", f"{where}.unknown", f"{len(lost):,} of {len(chosen):,} prompts have characters that its "
                       f"own tokenizer does not know; it reads them as {reader.unk_token} ({ids_of(lost)})",
                       "train the reward model with a tokenizer that knows them, e.g. one with the alphabet `bytes`")
     if student is not None and len(rejected) < len(chosen):
