@@ -61,7 +61,7 @@ SUMS = ("grpo", "dapo", "rloo", "reinforce_pp_baseline", "ppo", "vapo", "orz", "
 COUNTDOWN = SUMS[:6]
 FORM = {"sums": re.compile(r"(.:\d([+-]\d)+=.\d;)*.:\d([+-]\d)+=.\d####\d+"),
         "countdown": re.compile(r"([\d()+*/-]+=-?\d+(/\d+)?;)*[\d()+*/-]+=-?\d+(/\d+)?####[\d()+*/-]+")}
-OPD = {"opd_tenth": 53, "opd_quarter": 132}  # steps of 32 answers: that share of the budget
+OPD = {"opd_tenth": 52, "opd_quarter": 132}  # steps of 32 answers: that share of the budget
 
 
 def main() -> None:
