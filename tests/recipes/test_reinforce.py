@@ -644,3 +644,15 @@ def test_a_teacher_in_the_advantage_tells_how_far_it_is(who, world, tmp_path):
                                     f"teacher={{path: '{{world}}/{who}'}}", "opd={place: advantage, weight: 0.5}",
                                     "train.max_steps=1"))
     assert (abs(outcome.column("teacher_kl")[0]) > 1e-4) == (who == "teacher")
+
+
+def test_a_run_is_called_finished_only_when_its_critic_stands(world, tmp_path, monkeypatch):
+    seen, finish = [], Run.finish
+
+    def note(self, ending):
+        seen.append(((self.folder / "final").is_dir(), (self.folder / "final_critic").is_dir()))
+        return finish(self, ending)
+
+    monkeypatch.setattr(Run, "finish", note)
+    tiny.go(tiny.settings("reinforce", world, tmp_path / "run", *PRETRAINED, "train.max_steps=1"))
+    assert seen == [(True, True)]

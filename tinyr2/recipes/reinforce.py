@@ -105,11 +105,11 @@ def reinforce(config: ReinforceConfig, console: Console, *, resume: bool = False
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         state = setup.restore(run, agent, config.train, _identity(config, inputs), resume, optimizer)
         work = Reinforcement(config, inputs, company, writer, optimizer, graders)
-        result = setup.carry_out(run, work, state, train_config=config.train, evaluates=bool(inputs.held_out),
-                                 save=partial(save_model, policy, inputs.tokenizer))
-        if result["ending"] == "finished" and agent.critic is not None and config.value.trunk == "separate":
-            run.commit("final_critic", partial(save_scalar, agent.critic, inputs.tokenizer))
-        return result
+        alone = agent.critic is not None and config.value.trunk == "separate"
+        return setup.carry_out(
+            run, work, state, train_config=config.train, evaluates=bool(inputs.held_out),
+            save=partial(save_model, policy, inputs.tokenizer),
+            beside={"final_critic": partial(save_scalar, agent.critic, inputs.tokenizer)} if alone else None)
 
 
 def _inputs_of(config: ReinforceConfig) -> list[str]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol
@@ -197,11 +197,17 @@ def learner_of(model: nn.Module, vocab: int, device: torch.device, train_config:
 
 
 def carry_out(run: Run, work: Work, state: checkpoint.TrainState, *, train_config: TrainConfig, evaluates: bool,
-              save: Callable[[Path], None]) -> dict:
-    """Train from where `state` stands to the end, `save` the model and write the report; what `--json` prints."""
+              save: Callable[[Path], None], beside: Mapping[str, Callable[[Path], None]] | None = None) -> dict:
+    """Train from where `state` stands to the end, `save` the model and write the report; what `--json` prints.
+
+    beside: other folders that a finished run has; they stand before the run is called finished
+    """
     job = Job(config=train_config, compute=work.step, recorder=run, checkpoints=run.checkpoints,
               evaluate=work.evaluate if evaluates else None, keep_best=lambda: run.commit("best", save))
     ending = train_to_end(run, state, job, save)
+    if ending == "finished":
+        for name, write in (beside or {}).items():
+            run.commit(name, write)
     report = run.finish(ending)
     return {"ending": ending, "step": state.step, "num_tokens": state.num_tokens, "run": str(run.folder),
             "model": str(run.folder / "final"), "report": str(report)}
