@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinyr2.core.errors import ConfigError
+from tinyr2.models.blend import Blend, prepare_blend
 from tinyr2.models.logits import Head, head_of, logits_of
+from tinyr2.models.pairs import Pairs, arrange
 from tinyr2.models.side import parts, prepare
 from tinyr2.models.sweep import Chunk, Job, TokenScores
 from tinyr2.models.topk import TopK
 from tinyr2.objectives.divergence import Divergence
 
-__all__ = ["Head", "HeadResult", "Objective", "TokenScores", "TopK", "head_of", "logits_of", "run"]
+__all__ = ["Blend", "Head", "HeadResult", "Objective", "Pairs", "TokenScores", "TopK", "head_of", "logits_of", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ def run(
     divergence: Divergence | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    teacher_blend: Blend | None = None,
+    teacher_pairs: Pairs | None = None,
     teacher_topk: TopK | None = None,
     chunk_elements: int = 5 * 2**22,
 ) -> HeadResult:
@@ -57,37 +61,57 @@ def run(
     temperature    divides the logits of student and teacher
     divergence     needs the teacher; the teacher alone gives teacher_logp
     teacher_hidden (N, D_teacher), teacher_head over the same V tokens; nothing of the teacher's gets a gradient
-    teacher_topk   instead of these two: the teacher's k likeliest per token, at this temperature already. The
-                   divergence is over k + 1 buckets, and teacher_logp is NaN where the target is not among the k
+    teacher_blend  instead of these two: several teachers of one vocabulary, averaged or multiplied
+    teacher_pairs  with either: the teacher's vocabulary is another one, of which these tokens are shared. The
+                   divergence is over the shared tokens and one bucket for all others; teacher_logp, over the teacher's
+                   whole vocabulary, is that of the target's partner, NaN where it has none
+    teacher_topk   instead of all these: the teacher's k likeliest per token, at this temperature already. The
+                   divergence is over k + 1 buckets, or the corrected KL over the k; teacher_logp is NaN where the
+                   target is not among the k
     chunk_elements logits that are held at once, per model; at least one token's
 
     float32 and float64 are computed as they are, half precision in float32; bfloat16 on CUDA (or under its autocast)
     multiplies in bfloat16 and accumulates in float32. `backward` runs once: it scales the stored gradients in place.
-    N = 0 gives loss 0 and gradients of zeros. ConfigError where the two vocabularies differ in size, DataError where
-    the k are not distinct tokens of the vocabulary with their log-probs.
+    N = 0 gives loss 0 and gradients of zeros. ConfigError where the two vocabularies differ in size and no pairs say
+    what they share, or a blend's weights are no weights; DataError where the pairs are not one to one, or the k are not
+    distinct tokens of the vocabulary with their log-probs.
     """
     assert temperature > 0 and chunk_elements > 0, f"temperature {temperature}, chunk_elements {chunk_elements}"
     assert (teacher_hidden is None) == (teacher_head is None), "a teacher is hidden states and a head"
-    assert teacher_hidden is None or teacher_topk is None, "a teacher is given whole or by its top k"
-    taught = teacher_hidden is not None or teacher_topk is not None
-    assert divergence is None or taught, "a divergence needs a teacher"
-    if teacher_head is not None and len(teacher_head.weight) != len(head.weight):
-        raise ConfigError(f"the student's head has {len(head.weight)} tokens, the teacher's "
-                          f"{len(teacher_head.weight)}; read both with head_of(model, vocab=the tokenizer's size)")
-    if teacher_topk is not None:
-        teacher_topk.check(len(hidden), len(head.weight))
+    if teacher_head is not None:
+        assert teacher_blend is None, "a teacher is one model or a blend"
+        teacher_blend = Blend((teacher_hidden,), (teacher_head,), (1.0,))
+    assert teacher_blend is None or teacher_topk is None, "a teacher is given whole or by its top k"
+    assert teacher_blend is not None or teacher_pairs is None, "pairs need a whole teacher"
+    assert divergence is None or teacher_blend or teacher_topk, "a divergence needs a teacher"
     inputs = (hidden, head.weight, head.bias)
     learns = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    student = prepare(hidden, head, temperature)
-    teacher = None if teacher_head is None else prepare(teacher_hidden, teacher_head, temperature)
-    job = Job(student=student, teacher=teacher, topk=teacher_topk, targets=targets, divergence=divergence,
-              learns=learns)
+    _check(len(hidden), len(head.weight), teacher_blend, teacher_topk, teacher_pairs, divergence)
+    job = Job(
+        student=prepare(hidden, head, temperature),
+        teacher=None if teacher_blend is None else prepare_blend(teacher_blend, temperature),
+        shared=None if teacher_pairs is None else arrange(
+            teacher_pairs, len(head.weight), teacher_blend.vocab, hidden.device),
+        topk=teacher_topk, targets=targets, divergence=divergence, learns=learns)
     # the precision has been chosen: autocast would lower it
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         result, grads = _sweep(job, objective, chunk_elements)
     if not any(learns):
         return result
     return replace(result, loss=_KnownGradient.apply(result.loss, grads, *inputs))
+
+
+def _check(count: int, vocab: int, blend: Blend | None, topk: TopK | None, pairs: Pairs | None,
+           divergence: Divergence | None) -> None:
+    if blend is not None:
+        blend.check(count)
+        if pairs is None and blend.vocab != vocab:
+            raise ConfigError(f"the student's head has {vocab} tokens, the teacher's {blend.vocab}; read both with "
+                              "head_of(model, vocab=the tokenizer's size), or give the pairs of tokens that they share")
+    if topk is not None:
+        topk.check(count, vocab)
+        if divergence is not None:
+            topk.check_divergence(divergence)
 
 
 def _sweep(job: Job, objective: Objective, chunk_elements: int) -> tuple[HeadResult, list[Tensor | None]]:

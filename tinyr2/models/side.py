@@ -65,8 +65,11 @@ class Reader:
         self._packed = Packed(states * side.factor, exact=True) if self._exact and not narrow else None
         self._reference: Tensor | None = None
 
-    def block(self, rows: slice, slope: Tensor | None = None) -> Tensor:
-        """(C, n) bits; `slope` (C, n), given where there is a softcap, receives the cap's own derivative."""
+    def block(self, rows: slice | Tensor, slope: Tensor | None = None) -> Tensor:
+        """(C, n) bits of a stretch of the vocabulary, or of its ids (C,).
+
+        slope (C, n), given where there is a softcap, receives the cap's own derivative.
+        """
         side, before = self._side, self._reference
         folds = before is not None and self._packed is not None and side.bound is None
         x = self._multiply(side.weight[rows], -before if folds else None)
@@ -99,12 +102,17 @@ class Reader:
 class Marks:
     """Places in a chunk, k tokens of the vocabulary for each of n tokens, found again in blocks."""
 
-    def __init__(self, ids: Tensor, blocks: list[slice]):
-        """ids (n, k) int64, no token twice in a row; blocks in order, over the whole vocabulary."""
+    def __init__(self, ids: Tensor, blocks: list[slice], present: Tensor | None = None):
+        """ids (n, k) int64, no token twice in a row; blocks in order, over the whole vocabulary.
+
+        present (n, k) bool: where an id counts; the others, which may be any number, are not marked. None: all do.
+        """
         self.shape = ids.shape
         flat = ids.flatten()
         # in the vocabulary's order, so that a block's marks lie together
         self._slot = flat.argsort() if len(blocks) > 1 else torch.arange(len(flat), device=ids.device)
+        if present is not None:
+            self._slot = self._slot[present.flatten()[self._slot]]
         self._id = flat[self._slot]
         self._token = self._slot // ids.shape[1]
         stops = torch.tensor([rows.stop for rows in blocks], device=ids.device)

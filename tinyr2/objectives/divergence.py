@@ -59,6 +59,25 @@ def measure(spec: Divergence, student_logp: Tensor, teacher_logp: Tensor) -> tup
     return value, (1 - beta) * student * (gap - kl[:, None])
 
 
+def truncated(kind: str, student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """A KL of each token over a part of the vocabulary, corrected for what it leaves out.
+
+    student_logp, teacher_logp (n, k) nats, finite, over k tokens whose probabilities need not add up to 1
+    Out: the divergence (n,) nats, and S times its derivative by the student's probabilities S, (n, k)
+        reverse_kl  sum of S (log S - log T) - S + T        S (log S - log T)
+        forward_kl  sum of T (log T - log S) - T + S        S - T
+    Every term is at least 0, and is 0 where S = T alone. The plain sum of S (log S - log T) over a part is least, and
+    below 0, where the student has taken most of its mass out of the part. The generalized KL of unnormalized measures:
+    Csiszar 1991, "Why Least Squares and Maximum Entropy?", Annals of Statistics 19.
+    """
+    student, teacher = student_logp.exp(), teacher_logp.exp()
+    if kind == "reverse_kl":
+        by_prob = student * (student_logp - teacher_logp)
+        return (by_prob - student + teacher).sum(-1), by_prob
+    assert kind == "forward_kl", f"reverse_kl or forward_kl, not {kind}"
+    return (teacher * (teacher_logp - student_logp) - teacher + student).sum(-1), student - teacher
+
+
 def _mean(prob: Tensor, values: Tensor) -> Tensor:
     # A sum and no batched product: products may run in TF32, which would leave three digits of a small divergence.
     return (prob * values).sum(-1)
