@@ -231,3 +231,85 @@ def test_an_alarm_row_is_an_event_with_evidence_and_action():
     (alarm,) = watch([{"loss": math.nan}])
     assert alarm.row() == {"event": "alarm", "step": 1, "name": "non_finite", "level": "warn",
                            "evidence": alarm.evidence, "action": alarm.action, "stop": False}
+
+
+def guarded(**more):
+    return Monitor(HealthConfig(**({"max_drop": 0.1} | more)))
+
+
+def evaluations(*values):
+    """A step with each value, and two without an evaluation after it."""
+    return [row for v in values for row in ({**HEALTHY, "eval_pass@1": v}, HEALTHY, HEALTHY)]
+
+
+def test_a_student_that_unlearns_is_halted_at_the_first_evaluation_below_its_best():
+    (alarm,) = watch(evaluations(0.50, 0.63, 0.54, 0.52), guarded())
+    assert (alarm.name, alarm.level, alarm.step, alarm.stop) == ("held_out_drop", "critical", 10, True)
+    assert alarm.evidence == "eval_pass@1 0.52, 0.11 below its best, 0.63 at step 4"
+    assert alarm.action.startswith("the best model so far is in best/, take that one; for a new run, give a KL to the")
+
+
+def test_a_drop_of_just_the_bound_is_allowed_and_an_unguarded_run_may_fall_freely():
+    assert watch(evaluations(0.5, 0.375, 0.5), guarded(max_drop=0.125)) == []
+    assert watch(evaluations(0.9, 0.0, 0.0)) == []
+
+
+def test_steps_without_an_evaluation_neither_count_nor_clear():
+    alarms = watch(evaluations(0.6, 0.4, 0.4, 0.4), guarded(drop_patience=3))
+    assert [(a.level, a.step, a.stop) for a in alarms] == [("warn", 4, False), ("critical", 10, True)]
+
+
+def test_a_student_that_recovers_within_the_patience_is_not_halted():
+    alarms = watch(evaluations(0.6, 0.4, 0.55, 0.4, 0.6, 0.61), guarded(drop_patience=2))
+    assert [(a.level, a.stop) for a in alarms] == [("warn", False)]
+
+
+def test_the_best_of_the_start_counts_and_is_named_as_such():
+    monitor = guarded()
+    monitor.note(0, {"eval_pass@1": 0.63})
+    (alarm,) = watch(evaluations(0.01), monitor)
+    assert alarm.stop and alarm.evidence == "eval_pass@1 0.01, 0.62 below its best, 0.63 at step 0"
+    assert alarm.action.startswith("the model as it began was the best, take that one")
+
+
+def test_the_guard_watches_the_metric_that_it_is_told_to():
+    rows = [{"eval_maj@4": 0.8, "eval_pass@1": 0.1}, {"eval_maj@4": 0.79, "eval_pass@1": 0.0}, {"eval_maj@4": 0.6}]
+    (alarm,) = watch(rows, guarded(drop_metric="eval_maj@4"))
+    assert alarm.step == 3 and alarm.evidence.startswith("eval_maj@4 0.6, 0.2 below")
+
+
+def test_an_evaluation_that_is_no_number_is_not_the_best():
+    assert [a.step for a in watch(evaluations(0.6, math.nan, 0.4), guarded())] == [7]
+
+
+@pytest.mark.parametrize("name", ["eval_kl", "eval_loss", "reward"])
+def test_a_metric_of_which_less_is_better_cannot_be_guarded(name):
+    with pytest.raises(ValueError, match="of which more is better; take eval_pass@1"):
+        HealthConfig(drop_metric=name)
+
+
+@pytest.mark.parametrize("cut", range(0, 13, 3))
+def test_a_guard_restored_through_json_halts_where_the_undisturbed_one_does(cut):
+    rows, whole = evaluations(0.6, 0.45, 0.6, 0.45, 0.44), guarded(drop_patience=2)
+    expected = watch(rows, whole)
+    first, second = guarded(drop_patience=2), guarded(drop_patience=2)
+    before = watch(rows[:cut], first)
+    second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
+    assert before + watch(rows[cut:], second, start=cut + 1) == expected
+    assert second.state() == whole.state() and expected[-1].stop and expected[-1].step == 13
+
+
+def test_a_monitor_that_forgets_keeps_the_best_and_halts_again():
+    monitor = guarded()
+    assert [a.stop for a in watch(evaluations(0.6, 0.1), monitor)] == [True]
+    monitor.forget()
+    (alarm,) = watch(evaluations(0.2), monitor, start=7)
+    assert alarm.stop and "0.6 at step 1" in alarm.evidence
+
+
+def test_a_checkpoint_from_before_the_guard_restores():
+    old = Monitor().state()
+    del old["tracks"]["held_out_drop"], old["best"], old["best_step"]
+    monitor = guarded()
+    monitor.restore(old)
+    assert [a.name for a in watch(evaluations(0.6, 0.1), monitor)] == ["held_out_drop"]

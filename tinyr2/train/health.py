@@ -69,6 +69,7 @@ class Monitor:
             "logp_gap": _Rule(symptoms.logp_gap, *same, warms_up=False),
             "errored_rollouts": _Rule(symptoms.errored, *same, warms_up=False),
             "dropped_rollouts": _Rule(symptoms.dropped, *same, warms_up=False),
+            "held_out_drop": _Rule(symptoms.held_out_drop, 1, c.drop_patience, warms_up=False, stops=True),
         }
         self._memory = Memory()
         self._tracks = {name: _Track() for name in self._rules}
@@ -88,7 +89,19 @@ class Monitor:
                 alarms.append(Alarm(step=step, name=name, level=level, evidence=found.evidence, action=found.action,
                                     stop=stop))
         self._remember(metrics, warm)
+        self.note(step, metrics)
         return alarms
+
+    def note(self, step: int, metrics: Metrics) -> None:
+        """Keep what is the best so far; by itself for an evaluation that belongs to no step, as that of the start."""
+        now, memory = symptoms.value(metrics, self.config.drop_metric), self._memory
+        if now is not None and (memory.best is None or now > memory.best):
+            memory.best, memory.best_step = now, step
+
+    def forget(self) -> None:
+        """Judge anew, as a run does that is resumed after a halt; what was the best so far stays the best."""
+        self._memory = Memory(best=self._memory.best, best_step=self._memory.best_step)
+        self._tracks = {name: _Track() for name in self._rules}
 
     def state(self) -> dict[str, Any]:
         """Everything that `check` remembers, as strict JSON."""
@@ -99,7 +112,8 @@ class Monitor:
         memory = copy.deepcopy(dict(state))
         tracks = memory.pop("tracks")
         self._memory = Memory(**memory)
-        self._tracks = {name: _Track(**tracks[name]) for name in self._rules}
+        # a checkpoint from before a rule was written says nothing of it
+        self._tracks = {name: _Track(**tracks.get(name, {})) for name in self._rules}
 
     def _remember(self, metrics: Metrics, warm: bool) -> None:
         memory, config = self._memory, self.config

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tinyr2.core.errors import ConfigError
 from tinyr2.core.rng import derive
@@ -45,6 +45,13 @@ class TrainConfig(OptimConfig):
     log_completions_steps: int = Field(10, ge=0)  # 0: never
     num_threads: int = Field(0, ge=0)  # CPU threads; 0: torch's own choice
     health: HealthConfig = HealthConfig()
+
+    @model_validator(mode="after")
+    def _something_to_watch(self) -> "TrainConfig":
+        if self.health.max_drop is not None and not self.eval_steps:
+            raise ValueError("health.max_drop watches evaluations, and eval_steps: 0 has none before the end; set "
+                             "eval_steps to 1 or more, or max_drop to null")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +95,16 @@ def run(state: checkpoint.TrainState, job: Job) -> Ending:
     if state.step == 0 and job.config.eval_on_start and job.evaluate is not None:
         start = time.perf_counter()
         found = _measured(state, job)
+        monitor.note(0, found)
         job.recorder.record({"step": 0, **found}, {"step": 0, "eval_s": time.perf_counter() - start}, [])
     with _signals() as asked:
         while state.step < job.config.max_steps:
             alarms = _one_step(state, job, monitor)
-            state.monitor["health"] = monitor.state()
             done = state.step == job.config.max_steps
             halt = any(a.stop for a in alarms)
             if halt:
-                del state.monitor["health"]  # a resumed run is judged anew, and may halt again
+                monitor.forget()  # a resumed run is judged anew, and may halt again
+            state.monitor["health"] = monitor.state()
             if done or halt or asked or state.step % job.config.save_steps == 0:
                 _save(state, job)
             if halt:
@@ -152,9 +160,9 @@ def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
     every, last = job.config.eval_steps, state.step == job.config.max_steps
     if job.evaluate is None or not (last or (every and state.step % every == 0)):
         return {}
-    metrics = _measured(state, job)
-    if job.config.load_best_model_at_end and metrics:
-        value = _metric_for_best_model(metrics)
+    metrics, guarded = _measured(state, job), job.config.health.max_drop is not None
+    if metrics and (guarded or job.config.load_best_model_at_end):
+        value = metrics[job.config.health.drop_metric] if guarded else _metric_for_best_model(metrics)
         best = state.monitor["best"]
         if best is None or value > best["value"]:
             state.monitor["best"] = {"step": state.step, "value": value}
@@ -167,6 +175,11 @@ def _measured(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
     state.model.eval()
     found = job.evaluate(state.step)
     state.model.train()
+    health = job.config.health
+    if health.max_drop is not None and health.drop_metric not in found:
+        raise ConfigError(f"health.max_drop watches {health.drop_metric}, and the evaluation gave "
+                          f"{', '.join(found) or 'nothing'}; give eval_data, rewards and 1 among eval.k, name another "
+                          "health.drop_metric, or set max_drop to null")
     return found
 
 

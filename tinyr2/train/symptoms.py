@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tinyr2.core.config import Config
 
@@ -50,6 +50,17 @@ class HealthConfig(Config):
     logp_gap_critical: float = Field(0.2, gt=0)
     errored_warn: float = Field(0.05, ge=0, le=1)
     errored_critical: float = Field(0.2, ge=0, le=1)
+    max_drop: float | None = Field(None, gt=0)  # of drop_metric below its best so far: the run halts; null: no guard
+    drop_metric: str = "eval_pass@1"  # of the evaluations, and of which more is better
+    drop_patience: int = Field(1, ge=1)  # evaluations in a row
+
+    @field_validator("drop_metric")
+    @classmethod
+    def _grows(cls, name: str) -> str:
+        if not name.startswith("eval_") or name in ("eval_kl", "eval_loss"):
+            raise ValueError("the guard watches what an evaluation finds and of which more is better; take eval_pass@1 "
+                             "or another of the eval_ metrics")
+        return name
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Memory:
     grad_norms: list[float] = field(default_factory=list)  # newest last; steps without any gradient left out
     lengths: list[float] = field(default_factory=list)  # newest last; after warm-up
     baselines: dict[str, list[float]] = field(default_factory=dict)  # first values of entropy, kl, reward, loss
+    best: float | None = None  # of drop_metric, over all evaluations
+    best_step: int | None = None  # where it was first reached
 
 
 def value(metrics: Metrics, name: str) -> float | None:
@@ -251,3 +264,21 @@ def errored(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding |
         _above(errored, config.errored_warn, config.errored_critical),
         f"rollouts/errored_ratio {errored:.3g}: {errored:.1%} of rollouts carry an error",
         "read the errors in completions/; mend the grader or the teacher's connection; such rollouts train nothing")
+
+
+def held_out_drop(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """A student that unlearns: far worse on the held-out problems than it has been.
+
+    Of a privileged self-teacher this is known to happen within tens of steps, while its loss looks well.
+    """
+    now = value(metrics, config.drop_metric)
+    if now is None or config.max_drop is None or memory.best is None:
+        return None
+    kept = ("the model as it began was the best, take that one" if memory.best_step == 0 else
+            "the best model so far is in best/, take that one")
+    return Finding(
+        "critical" if now < memory.best - config.max_drop else None,
+        f"{config.drop_metric} {now:.4g}, {memory.best - now:.3g} below its best, {memory.best:.4g} at step "
+        f"{memory.best_step}",
+        f"{kept}; for a new run, give a KL to the start (guard.kl_to_start), a lower learning_rate, a self-teacher "
+        "that follows more slowly (a decay nearer to 1), or show the teacher less")
