@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinyr2.core.errors import DataError
 from tinyr2.core.types import Message
+from tinyr2.tokens.backend import byte_of_char, is_byte_level
 
 _PROBE = "zqx"  # an answer that no template's own text contains
 
@@ -80,7 +81,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     A byte that is not a whole character by itself reads `\xf0`; an id beyond the vocabulary reads `<|id 9|>`.
     """
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    byte_of = _byte_of_char() if _is_byte_level(tokenizer) else None
+    byte_of = byte_of_char() if is_byte_level(tokenizer) else None
     texts = []
     for i, token in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True):
         if token is None:
@@ -234,15 +235,3 @@ def _squeeze(text: str) -> str:
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.name_or_path or "tokenizer"
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
-    return decoder is not None and "ByteLevel(" in repr(decoder)
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: Radford et al. 2019's printable alphabet."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [b for b in range(256) if b not in set(plain)]
-    return {chr(b): b for b in plain} | {chr(256 + k): b for k, b in enumerate(moved)}
