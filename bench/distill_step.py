@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from tinyr2.core.config import build
 from tinyr2.models.load import save_model
-from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.distill import distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.report.console import Console
 
 CHARS = [chr(c) for c in range(32, 127)] + ["\n"]

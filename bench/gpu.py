@@ -32,7 +32,7 @@ from tinyr2.rollouts.engine import decode_all
 from tinyr2.rollouts.request import Request
 from tinyr2.rollouts.sample import Policy, Resident, sample
 from tinyr2.rollouts.sampling import SamplingConfig
-from tinyr2.teachers.local import Teacher, hire
+from tinyr2.teachers.local import Teacher, hire, judge_of
 from tinyr2.train.loss import LossConfig, count, token_distillation
 from tinyr2.train.optim import OptimConfig, make_optimizer
 from tinyr2.train.step import Learner, Reading, accumulate
@@ -195,8 +195,8 @@ def step(sizes: Sizes, learner: Learner, teacher: Teacher, problems: list[Proble
     sampling = SamplingConfig(temperature=1.0, max_completion_length=sizes.new_tokens)
     with learner.autocast():
         rollouts = sample(policy, problems, n=1, sampling=sampling, seed=0, step=policy.version)
-    accumulate(learner, rollouts, lambda _: token_distillation(loss, count(rollouts)),
-               Reading(divergence=loss.divergence, teacher=teacher))
+    accumulate(learner, rollouts, lambda batch: token_distillation(loss, batch, count(rollouts)),
+               Reading(divergence=loss.divergence, judge=judge_of(teacher)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from sides import peak_mib
 
 from tinyr2.core.types import Batch, Message, Problem
 from tinyr2.objectives.policy import weighted_nll
-from tinyr2.recipes.distill import center
+from tinyr2.recipes.graded import center
 from tinyr2.rewards.grade import RewardFunction, grade
 from tinyr2.rollouts.sample import Policy, sample
 from tinyr2.rollouts.sampling import SamplingConfig

@@ -24,7 +24,7 @@ from tinyr2.data.problems import DataConfig, draw, load_problems
 from tinyr2.eval.intervals import paired_difference, wilson
 from tinyr2.models.load import ModelConfig, count_parameters, load_model, load_tokenizer
 from tinyr2.recipes import quickstart, setup
-from tinyr2.recipes.distill import DistillConfig
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console

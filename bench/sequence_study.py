@@ -17,7 +17,8 @@ from tinyr2.core.config import build
 from tinyr2.core.files import write_atomic
 from tinyr2.eval.intervals import wilson
 from tinyr2.recipes import quickstart
-from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.distill import distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console

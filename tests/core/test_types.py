@@ -27,20 +27,28 @@ def test_targets_are_the_learned_tokens_themselves():
 
 
 STREAMS = ["row", "on_policy", "right", "actor_logp", "advantage", "reward", "old_logp", "reference_logp", "values",
-           "returns", "learner_logp", "teacher_hidden"]
+           "returns", "learner_logp", "teacher_gap", "teacher_entropy"]
 
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_has_one_value_for_each_learned_token(name):
-    value = torch.zeros(3, 8) if name == "teacher_hidden" else torch.zeros(3)
+    value = torch.zeros(3)
     assert getattr(batch(**{name: value}), name) is value
     with pytest.raises(DataError, match=f"{name}: 4 values, 3 learned tokens"):
         batch(**{name: torch.zeros(4)})
 
 
 def test_every_stream_is_among_those_that_are_checked():
-    streams = {f.name for f in fields(Batch)} - {"tokens", "position", "lengths", "learn"}
+    streams = {f.name for f in fields(Batch)} - {"tokens", "position", "lengths", "learn", "divergence_weight"}
     assert streams == set(STREAMS)
+
+
+def test_some_of_the_learned_tokens_keep_their_streams_and_their_pack():
+    whole = batch(advantage=torch.tensor([1.0, 2.0, 3.0]), divergence_weight=0.5)
+    some = whole.select(torch.tensor([2, 0]))
+    assert some.targets.tolist() == [23, 12] and some.row.tolist() == [1, 0] and some.advantage.tolist() == [3.0, 1.0]
+    assert some.tokens is whole.tokens and some.lengths == (3, 2) and some.divergence_weight == 0.5
+    assert some.reward is None
 
 
 @pytest.mark.parametrize("change", [{"lengths": (3, 3)}, {"position": torch.arange(4)}])

@@ -8,6 +8,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -177,6 +179,48 @@ def test_a_class_without_an_exact_packed_path_runs_padded_and_says_so(monkeypatc
         with pytest.warns(UserWarning, match="padded"):
             padded = packed.hidden_states(model, *pack(rows))
     torch.testing.assert_close(together, padded, rtol=0, atol=2e-6)
+
+
+def stock_layers(model: torch.nn.Module, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first of two layers puts out, and the second after the last norm, row by row."""
+    found = [model.model(r[None], use_cache=False, output_hidden_states=True).hidden_states for r in rows]
+    return tuple(torch.cat([states[i][0] for states in found]) for i in (1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*runs padded")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [*CLASSES, *STOCK_CLASSES])
+def test_inner_layers_put_out_what_the_stock_layers_do_in_the_order_of_the_pack(name, padded, monkeypatch):
+    model, rows = make(name), rows_of([5, 23, 1, 9, 22, 9])
+    if padded:
+        monkeypatch.setattr(packed, "PACKED", frozenset())
+        monkeypatch.setattr(packed, "STOCK_PACKED", frozenset())
+    with torch.no_grad():
+        last, inner = packed.layer_states(model, *pack(rows), (0, 1))
+        assert inner.keys() == {0, 1} and not model.model.layers[0]._forward_hooks
+        assert torch.equal(last, packed.hidden_states(model, *pack(rows)))
+        for found, expected in zip((inner[0], model.model.norm(inner[1])), stock_layers(model, rows), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_gradients_of_inner_layers_are_the_same_where_layers_are_computed_again(name):
+    model, rows = make(name), rows_of([5, 12, 3])
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        last, inner = packed.layer_states(model, *pack(rows), (0,), gradient_checkpointing=checkpointing)
+        (last.sin().sum() + inner[0].cos().sum()).backward()
+        found.append({n: p.grad.clone() for n, p in model.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for n in found[0]:
+        torch.testing.assert_close(found[1][n], found[0][n], rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_whose_layers_have_another_name_is_refused_where_they_are_asked_for():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=2))
+    with pytest.warns(UserWarning, match="padded"), pytest.raises(ConfigError, match="GPT2Model: .*no list `layers`"):
+        packed.layer_states(model, *pack(rows_of([3])), (0,))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])

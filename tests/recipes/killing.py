@@ -13,7 +13,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tinyr2.core.config import build
 from tinyr2.data.tasks import SignedSums, signed_sums
 from tinyr2.models.load import save_model
-from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.distill import distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.reinforce import ReinforceConfig, reinforce
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console

@@ -19,9 +19,9 @@ from tinyr2.core.types import Message, Problem
 from tinyr2.models.load import ModelConfig, save_model
 from tinyr2.recipes import check_data, checks, distill, sft
 from tinyr2.recipes.checks import check_training
-from tinyr2.recipes.distill import checked_inputs
 from tinyr2.recipes.doctor import as_line, doctor, examine, machine_lines, read_config, verb_of
 from tinyr2.recipes.findings import Finding, ModelFiles, Part, Reader, Setup, fault_of, raise_faults
+from tinyr2.recipes.inputs import checked_inputs
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.recipes.setup import StudentConfig
 from tinyr2.report.console import Console
@@ -71,7 +71,7 @@ def sound(folder, tokenizer, tmp_path_factory) -> Setup:
     student = ModelFiles(key="student", source=StudentConfig(path=str(folder)), config=config, tokenizer=tokenizer)
     part = Part(key="data", path="data.jsonl", problems=[problem(i) for i in range(5)], completions="read",
                 answer_limit=("rollout.max_completion_length", 16))
-    return Setup(student=student, teacher=replace(student, key="teacher", source=ModelConfig(path=str(folder))),
+    return Setup(student=student, teachers=(replace(student, key="teacher", source=ModelConfig(path=str(folder))),),
                  parts=(part,), train=TrainConfig(max_steps=10), evaluates=False, device="cpu",
                  output_dir=str(tmp_path_factory.mktemp("runs") / "run"))
 
@@ -81,7 +81,7 @@ def student(setup: Setup, **changes) -> Setup:
 
 
 def teacher(setup: Setup, **changes) -> Setup:
-    return replace(setup, teacher=replace(setup.teacher, **changes))
+    return replace(setup, teachers=(replace(setup.teachers[0], **changes),))
 
 
 def data(setup: Setup, **changes) -> Setup:
@@ -113,13 +113,13 @@ def test_nothing_is_wrong_with_a_sound_setup(sound):
     assert raise_faults(findings) == []
 
 
-def test_a_teacher_with_another_tokenizer_is_a_fault_that_names_both_folders(sound):
+def test_a_teacher_with_another_tokenizer_is_a_fault_where_nothing_translates(sound):
     other = tokenizer_of(vocab_size=32)
     fault = only(teacher(sound, tokenizer=other, source=ModelConfig(path="models/other")), "fault", "tokenizers")
-    assert "cross-tokenizer distillation is not what this loss can do" in fault.what
+    assert "the teacher's ids mean other tokens than the student's" in fault.what
     assert "tokens are the student's alone" in fault.what
     assert not [f for f in check_training(teacher(sound, tokenizer=other)) if f.name == "teacher.prompts"]
-    assert sound.student.source.path in fault.cure and "models/other" in fault.cure
+    assert sound.student.source.path in fault.cure and "`tinyr2 distill`, which translates" in fault.cure
 
 
 @pytest.mark.parametrize("key, change", [("student", student), ("teacher", teacher)])
@@ -416,12 +416,12 @@ def test_a_best_model_without_an_evaluation_is_a_fault_and_a_rhythm_without_one_
 
 
 def reference(setup: Setup, **changes) -> Setup:
-    return replace(setup, reference=replace(setup.teacher, key="reference", source=ModelConfig(path="ref"), **changes))
+    return replace(setup, reference=replace(setup.teachers[0], key="reference", source=ModelConfig(path="ref"), **changes))
 
 
 def critic(setup: Setup, **changes) -> Setup:
     changes = {"key": "value", "source": ModelConfig(path="judge")} | changes
-    return replace(setup, critic=replace(setup.teacher, **changes))
+    return replace(setup, critic=replace(setup.teachers[0], **changes))
 
 
 @pytest.mark.parametrize("add, key, role", [(reference, "reference", "reference"), (critic, "value", "critic")])

@@ -14,8 +14,8 @@ from tinyr2.data.tasks import SignedSums, Sum
 from tinyr2.models.load import ModelConfig, count_parameters, load_model
 from tinyr2.recipes import quickstart as q
 from tinyr2.recipes.checks import check_training
-from tinyr2.recipes.distill import DistillConfig
 from tinyr2.recipes.distill import read_setup as read_distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.sft import read_setup as read_sft
 from tinyr2.tokens.chat import render_example
 

@@ -1,4 +1,4 @@
-"""Rejection sampling: which answers are kept, what the files hold, and that a kill changes nothing."""
+"""Rejection sampling: what is refused, what the files hold, and that a kill changes nothing."""
 
 import io
 import json
@@ -9,15 +9,11 @@ import pytest
 from tests.recipes import tiny
 from tinyr2.core.config import build
 from tinyr2.core.errors import ConfigError, DataError, RunError
-from tinyr2.core.types import Message, Problem, Rollout
 from tinyr2.data.pairs import PairsConfig, load_pairs
 from tinyr2.data.problems import DataConfig, load_problems
-from tinyr2.recipes import reject as room
-from tinyr2.recipes.reject import Judged, RejectConfig, choose, judge, pair, reject
+from tinyr2.recipes import answers as room
+from tinyr2.recipes.reject import RejectConfig, reject
 from tinyr2.report.console import Console
-from tinyr2.rewards.grade import load_rewards
-
-PROBLEM = Problem(id="p", task="sums", messages=(Message("user", "1+1="),), answer="2", columns={"level": 3})
 
 
 @pytest.fixture(scope="module")
@@ -40,64 +36,6 @@ def config(world: Path | None = None, **changes) -> RejectConfig:
                 "max_completion_length": 12, "num_threads": 1, "problems_per_chunk": 8, "temperature": 1.0,
                 "data": {"path": str(world / "data.jsonl"), "limit": 20}}
     return build(RejectConfig, raw | changes, "test")
-
-
-def answer(text: str, *, length: int | None = None, finish: str = "stop", **parts) -> Rollout:
-    return Rollout(problem=PROBLEM, group=0, sample=0, author="student", prompt_ids=(1,), text=text, finish=finish,
-                   response_ids=(7,) * (length or len(text)), reward_parts=parts)
-
-
-def texts(rollouts) -> list[str]:
-    return [r.text for r in rollouts]
-
-
-# --- which answers
-
-
-GROUP = [Judged(answer("ccc"), True, True), Judged(answer("bb"), True, True), Judged(answer("x"), False, True),
-         Judged(answer("bb "), True, True), Judged(answer("a"), True, False), Judged(answer("dd"), True, True),
-         Judged(answer("y"), None, True), Judged(answer("zz"), False, True)]
-
-
-def test_right_whole_and_different_answers_are_kept_the_preferred_first():
-    assert texts(choose(GROUP, config(keep=9))) == ["bb", "dd", "ccc"]
-    assert texts(choose(GROUP, config())) == ["bb"]
-    assert texts(choose(GROUP, config(prefer="longest", keep=2))) == ["ccc", "bb"]
-    assert choose(GROUP[2:3], config()) == []
-
-
-def test_a_random_choice_follows_from_the_seed_and_reaches_every_right_answer():
-    drawn = [texts(choose(GROUP, config(prefer="random", seed=seed)))[0] for seed in range(20)]
-    assert set(drawn) == {"bb", "ccc", "dd"}
-    assert drawn == [texts(choose(GROUP, config(prefer="random", seed=seed)))[0] for seed in range(20)]
-
-
-def test_a_pair_is_a_right_and_a_decidedly_wrong_answer():
-    found = pair(GROUP, config(pairs=True, keep=5))
-    assert [r.text for r, _ in found] == ["bb", "dd"]  # two wrong ones, so two pairs
-    assert sorted(w.text for _, w in found) == ["x", "zz"]
-    cut = [Judged(answer("x", finish="length"), False, True), *GROUP[:2]]
-    assert pair(cut, config(pairs=True)) == []
-
-
-def test_an_answer_is_right_by_the_weighted_sum_and_good_where_it_is_whole_short_and_as_required():
-    rewards = [{"name": "exact_answer"}, {"name": "language", "weight": 0}, {"name": "think_format", "weight": 0.5}]
-    settings = config(rewards=rewards, require={"language": 0.5}, max_tokens=4)
-    functions = load_rewards(settings.rewards)
-
-    def verdict(rollout: Rollout) -> tuple[bool | None, bool]:
-        found = judge(rollout, functions, settings)
-        return found.right, found.good
-
-    assert verdict(answer("abcd", exact_answer=1.0, language=0.5, think_format=0.0)) == (True, True)
-    assert verdict(answer("abcd", exact_answer=1.0, language=0.4, think_format=0.0)) == (True, False)
-    assert verdict(answer("abcde", exact_answer=0.5, language=1.0, think_format=1.0)) == (True, False)
-    assert verdict(answer("abcd", exact_answer=0.0, language=1.0, think_format=1.0)) == (False, True)
-    assert verdict(answer("ab", finish="length", exact_answer=1.0, language=1.0)) == (True, False)
-    assert verdict(answer(" \n", exact_answer=1.0, language=None)) == (True, False)
-    # a reward of no weight says nothing about right and wrong, and one without a word requires nothing
-    assert verdict(answer("ab", exact_answer=None, language=1.0, think_format=None)) == (None, True)
-    assert verdict(answer("ab", exact_answer=1.0, language=None, think_format=None)) == (True, True)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -163,11 +101,11 @@ def test_a_kill_loses_at_most_a_chunk_and_changes_nothing(world, done, tmp_path,
 
     calls, chunk = [], room._chunk
 
-    def counted(run, settings, policy, rewards, numbered):
+    def counted(run, work, write, numbered):
         calls.append(numbered[0])
         if calls == [0, 1, 2]:
             raise Killed
-        return chunk(run, settings, policy, rewards, numbered)
+        return chunk(run, work, write, numbered)
 
     monkeypatch.setattr(room, "_chunk", counted)
     with pytest.raises(Killed):

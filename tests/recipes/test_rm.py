@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.recipes import paired
 from tests.train.tiny import Norm
 from tinyr2.core.errors import ConfigError
-from tinyr2.data.packing import pack
+from tinyr2.core.packing import pack
 from tinyr2.data.pairs import PairsConfig, load_pairs
 from tinyr2.models.load import ModelConfig
 from tinyr2.models.scalar import load_scalar

@@ -12,7 +12,7 @@ from tests.recipes import tiny
 from tinyr2.core.config import load
 from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.data.problems import DataConfig, load_problems
-from tinyr2.recipes.sft import SftConfig
+from tinyr2.recipes.sft import FineTuning, SftConfig
 from tinyr2.tokens.chat import render_example
 
 GREEDY = ("eval_data={path: {world}/data.jsonl, limit: 8}", "rewards=[{name: exact_answer}]",
@@ -216,3 +216,81 @@ def test_a_setting_that_cannot_be_is_named(world, tmp_path, change, message):
     with pytest.raises(ConfigError) as caught:
         tiny.settings("sft", world, tmp_path / "out", change)
     assert message in str(caught.value)
+
+
+# --- mixtures
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory) -> Path:
+    """Long and short answers to the same problems, in files of one name; two long ones are too long."""
+    folder = tmp_path_factory.mktemp("chains")
+    for name, repeats in (("long", 3), ("short", 1)):
+        (folder / name).mkdir()
+        rows = [{"prompt": f"{i}+1=", "completion": f"#{i + 1}" * (repeats if i < 6 or name == "short" else 9)}
+                for i in range(8)]
+        (folder / name / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def mixed(world: Path, chains: Path, out: Path, *overrides: str) -> SftConfig:
+    sources = ", ".join(f"{name}: {{path: {chains}/{name}/data.jsonl}}" for name in ("long", "short"))
+    mixture = f"mixture={{sources: {{{sources}}}, max_completion_length: 12}}"
+    return tiny.settings("sft", world, out, "data=null", mixture, "examples_per_step=6", "train.max_steps=5",
+                         *overrides)
+
+
+@pytest.fixture(scope="module")
+def blend(world, chains, tmp_path_factory) -> tiny.Outcome:
+    return tiny.go(mixed(world, chains, tmp_path_factory.mktemp("runs") / "mixed", "train.save_steps=2"))
+
+
+def test_a_mixture_deals_one_long_chain_to_four_short_ones_and_says_so(blend):
+    drawn = [r.problem.id.partition("/")[0] for step in blend.steps for r in step.scores.rollouts]
+    assert (drawn.count("long"), drawn.count("short")) == (6, 24)
+    for row, step in zip(blend.rows, blend.steps, strict=True):
+        own = [r for r in step.scores.rollouts if r.problem.id.startswith("long/")]
+        assert row["mixture/long"] == len(own) / 6 and row["mixture/short"] == (6 - len(own)) / 6
+        tokens = [sum(r.learned for r in some) for some in (own, step.scores.rollouts)]
+        assert row["mixture/long_tokens"] == tokens[0] / tokens[1]
+
+
+def test_over_long_rows_are_dropped_told_and_never_cut(blend):
+    written = {r.problem.id: r for step in blend.steps for r in step.scores.rollouts}
+    assert not {"long/data:6", "long/data:7"} & written.keys()
+    assert all(len(r.response_ids) == 7 for name, r in written.items() if name.startswith("long/"))
+    assert "warning: mixture.long: 2 over-long rows of" in blend.said
+    events = [json.loads(line) for line in (blend.folder / "events.jsonl").read_text().splitlines()]
+    assert [e["source"] for e in events if e["event"] == "dropped"] == ["mixture.long"]
+
+
+def test_a_resumed_mixture_goes_on_where_it_stood(world, chains, blend, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    plain, steps = FineTuning.step, []
+
+    def stopping(self, t):
+        steps.append(t)
+        if steps == [0, 1, 2]:
+            raise Killed
+        return plain(self, t)
+
+    monkeypatch.setattr(FineTuning, "step", stopping)
+    config = mixed(world, chains, tmp_path / "run", "train.save_steps=2")
+    with pytest.raises(Killed):
+        tiny.go(config)
+    assert tiny.go(config, resume=True).rows == blend.rows
+    assert steps == [0, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("data={path: {world}/data.jsonl}", "data and mixture: both"),
+    ("mixture=null", "data: missing; give data=…, or a mixture"),
+    ("mixture.ratio={long: 1}", "ratio: short has no place in it"),
+    ("mixture.max_completion_length=1", "mixture.sources.long: each of its 8 rows is longer than 1 tokens"),
+    ("mixture.sources.long.path={world}/none.jsonl", "mixture: .*none.jsonl")])
+def test_a_mixture_that_cannot_be_dealt_is_told_before_anything_is_written(world, chains, tmp_path, change, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        tiny.go(mixed(world, chains, tmp_path / "run", change))
+    assert not (tmp_path / "run").exists()

@@ -111,6 +111,20 @@ def test_sources_from_elsewhere_are_looked_at_before_anything_runs(tmp_path):
     assert "stage cold: " in str(caught.value) and "did you mean 'digits'" in str(caught.value)
 
 
+def test_the_sources_of_a_mixture_may_be_stages_and_are_looked_at_where_they_are_not(tmp_path):
+    world = tiny.make_world(tmp_path)
+
+    def mixed(path: str) -> dict:
+        return SFT | {"config": {"model": {"path": str(world / "student")}, "mixture": {"sources": {
+            "long": {"path": f"stage:{DATA['name']}"}, "short": {"path": path}}}}}
+
+    check(DATA, mixed(str(world / "data.jsonl")))
+    stage = planned(DATA, mixed(str(world / "data.jsonl")))[1]
+    assert stage.config.mixture.sources["long"].path.endswith(f"{DATA['name']}/data.jsonl")
+    with pytest.raises(ConfigError, match="none.jsonl"):
+        check(DATA, mixed(str(world / "none.jsonl")))
+
+
 def test_reinforce_by_an_algorithm_that_learns_from_pairs_is_that_verb():
     stage = {"name": "judge", "verb": "reinforce", "config": {
         "algorithm": "rm", "model": {"path": "m"}, "data": {"path": "pairs.jsonl"}}}

@@ -13,7 +13,8 @@ import torch
 
 from tests.recipes import killing
 from tinyr2.core.config import apply, build
-from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.distill import distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.reinforce import ReinforceConfig, reinforce
 from tinyr2.recipes.run import Run
 from tinyr2.recipes.sft import SftConfig, sft

@@ -1,19 +1,21 @@
 """A teacher in this process: what it says of a batch is its own stock forward, and nothing of it is trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.train.tiny import ROLLOUTS, VOCAB, qwen3
 from tinyr2.core.errors import ConfigError
-from tinyr2.data.packing import pack
+from tinyr2.core.packing import pack
 from tinyr2.models.head import logits_of
-from tinyr2.teachers.local import consult, hire
+from tinyr2.teachers.local import hire, judge_of, states_of
 
 
 def test_the_states_are_those_that_predict_the_learned_tokens():
     model = qwen3(hidden=24, seed=1)
     teacher, batch = hire(model, VOCAB), pack(ROLLOUTS)
-    found = torch.log_softmax(logits_of(consult(teacher, batch).teacher_hidden, teacher.head), -1)
+    found = torch.log_softmax(logits_of(states_of(teacher, batch), teacher.head), -1)
     expected = []
     for r in ROLLOUTS:  # one row at a time, through the stock forward
         with torch.no_grad():
@@ -22,17 +24,19 @@ def test_the_states_are_those_that_predict_the_learned_tokens():
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=2e-6)
 
 
-def test_masked_tokens_are_not_judged_and_the_batch_is_otherwise_the_same():
-    from dataclasses import replace
+def test_masked_tokens_are_not_judged():
+    teacher = hire(qwen3(hidden=24, seed=1), VOCAB)
+    judged = states_of(teacher, pack([replace(ROLLOUTS[0], learn_mask=(True, False, True)), ROLLOUTS[1]]))
+    assert judged.shape == (4, 24)
+    whole = states_of(teacher, pack(ROLLOUTS[:2]))
+    torch.testing.assert_close(judged, whole[[0, 2, 3, 4]], rtol=0, atol=1e-6)
 
-    rollouts = [replace(ROLLOUTS[0], learn_mask=(True, False, True)), ROLLOUTS[1]]
-    batch = pack(rollouts)
-    judged = consult(hire(qwen3(hidden=24, seed=1), VOCAB), batch)
-    assert judged.teacher_hidden.shape == (4, 24)
-    whole = consult(hire(qwen3(hidden=24, seed=1), VOCAB), pack(ROLLOUTS[:2]))
-    torch.testing.assert_close(judged.teacher_hidden, whole.teacher_hidden[[0, 2, 3, 4]], rtol=0, atol=1e-6)
-    assert replace(judged, teacher_hidden=None).tokens is batch.tokens
-    assert batch.teacher_hidden is None
+
+def test_its_judge_speaks_of_every_token_with_weight_1():
+    teacher, batch = hire(qwen3(hidden=24, seed=1), VOCAB), pack(ROLLOUTS)
+    (opinion,) = judge_of(teacher)(ROLLOUTS, batch, None)
+    assert opinion.complete and opinion.weight == 1.0 and opinion.whole.head is teacher.head
+    assert torch.equal(opinion.whole.hidden, states_of(teacher, batch))
 
 
 def test_a_teacher_is_frozen_in_eval_mode_and_leaves_no_graph():
@@ -40,7 +44,7 @@ def test_a_teacher_is_frozen_in_eval_mode_and_leaves_no_graph():
     teacher = hire(model, VOCAB)
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert not consult(teacher, pack(ROLLOUTS)).teacher_hidden.requires_grad
+    assert not states_of(teacher, pack(ROLLOUTS)).requires_grad
     assert not teacher.head.weight.requires_grad
 
 

@@ -14,7 +14,7 @@ from tests.train.tiny import EOS, VOCAB, qwen3_f64, rollout
 from tinyr2.core.config import build
 from tinyr2.core.types import Rollout
 from tinyr2.recipes.reinforce import ReinforceConfig
-from tinyr2.teachers.local import hire
+from tinyr2.teachers.local import hire, judge_of
 from tinyr2.train.credit import assign_credit
 from tinyr2.train.critic import Critic, ValueHead, loss_of
 from tinyr2.train.policy_loss import PolicyLoss, StepCounts
@@ -100,7 +100,7 @@ def ours(config: ReinforceConfig, rollouts: list[Rollout], *, budget: int = 1000
     taught = opd is not None and opd.place == "loss"
     scores = accumulate(learner, kept, loss.on, Reading(
         temperature=config.rollout.temperature, score_first=loss.score_first,
-        teacher=hire(qwen3_f64(hidden=24, seed=1), VOCAB) if taught else None,
+        judge=judge_of(hire(qwen3_f64(hidden=24, seed=1), VOCAB)) if taught else None,
         divergence=opd.divergence if taught else None,
         also=None if critic is None else lambda batch, states: loss_of(critic, batch, states, config.value,
                                                                        loss.counts.tokens)))

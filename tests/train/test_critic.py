@@ -16,7 +16,7 @@ from tests.train.reinforced import (
     ours,
 )
 from tests.train.tiny import VOCAB, qwen3_f64
-from tinyr2.data.packing import pack
+from tinyr2.core.packing import pack
 from tinyr2.train.critic import Critic, ValueConfig, ValueHead, accumulate_value, assess, fit
 from tinyr2.train.step import Learner
 

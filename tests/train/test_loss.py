@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.train.tiny import ROLLOUTS, rollout
-from tinyr2.data.packing import pack
+from tinyr2.core.packing import pack
 from tinyr2.models.head import TokenScores
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.train.loss import LossConfig, count, importance, sequence_distillation, token_distillation
@@ -40,11 +40,12 @@ def scored(part: slice = slice(0, 4)) -> TokenScores:
 
 @pytest.mark.parametrize(("cap", "weights"), [(2.0, [0.5, 2.0, 0.25, 1.0]), (9.0, RATIO)])
 def test_each_token_that_another_precision_sampled_is_weighted(cap, weights):
-    weigh, counts, s = importance(pack(WRITTEN), cap), count(WRITTEN), scored()
+    batch = pack(WRITTEN)
+    weigh, counts, s = importance(batch, cap), count(WRITTEN), scored()
     w, logp = torch.tensor(weights), scored().learner_logp.detach()
-    full = token_distillation(LossConfig(), counts, weigh)(s)
+    full = token_distillation(LossConfig(), batch, counts, weigh)(s)
     assert full.item() == pytest.approx(float((w * s.divergence).sum() / 4))
-    sampled = token_distillation(LossConfig(estimator="sampled"), counts, weigh)(s)
+    sampled = token_distillation(LossConfig(estimator="sampled"), batch, counts, weigh)(s)
     assert sampled.item() == pytest.approx(float(-(w * (s.teacher_logp - logp) * logp).sum() / 4))
 
 
@@ -59,7 +60,7 @@ def test_of_a_sequences_loss_the_reward_is_weighted_and_the_divergence_is_not():
 
 def test_the_weights_of_chunks_are_those_of_the_whole():
     batch, counts = pack(WRITTEN), count(WRITTEN)
-    objective = token_distillation(LossConfig(), counts, importance(batch, 2.0))
+    objective = token_distillation(LossConfig(), batch, counts, importance(batch, 2.0))
     parts = [objective(scored(part)).item() for part in (slice(0, 1), slice(1, 3), slice(3, 4))]
     assert sum(parts) == pytest.approx(objective(scored()).item())
 

@@ -20,7 +20,7 @@ from tests.train.reinforced import (
     with_old_logp,
 )
 from tests.train.tiny import VOCAB, qwen3_f64
-from tinyr2.data.packing import pack
+from tinyr2.core.packing import pack
 from tinyr2.models.head import TokenScores
 from tinyr2.train.credit import old_logp
 from tinyr2.train.policy_loss import ImportanceConfig, PolicyLoss, PolicyLossConfig, StepCounts

@@ -7,7 +7,7 @@ import torch
 
 from tests.train.tiny import ROLLOUTS, VOCAB, qwen3, qwen3_f64, rollout
 from tinyr2.objectives.divergence import Divergence
-from tinyr2.teachers.local import hire
+from tinyr2.teachers.local import hire, judge_of
 from tinyr2.train import step
 from tinyr2.train.loss import LossConfig, count, importance, likelihood, sequence_distillation, token_distillation
 from tinyr2.train.step import Learner, Reading, accumulate
@@ -27,7 +27,7 @@ def gradient(kind, rollouts, budget=1000, model=None, teacher=None, temperature=
         loss = LossConfig(estimator="sampled")
     if kind in ("reinforce", "weighted_nll"):
         loss = LossConfig(level="sequence", reward_loss=kind)
-    objective = {"nll": lambda b: likelihood(counts)}.get(kind, lambda b: token_distillation(loss, counts))
+    objective = {"nll": lambda b: likelihood(counts)}.get(kind, lambda b: token_distillation(loss, b, counts))
     if loss.level == "sequence":
         def objective(batch):
             return sequence_distillation(loss, batch, counts, 0.5)
@@ -35,7 +35,7 @@ def gradient(kind, rollouts, budget=1000, model=None, teacher=None, temperature=
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
     scores = accumulate(learner, rollouts, objective, Reading(
         temperature=temperature, divergence=loss.divergence if kind not in ("nll", "sampled") else None,
-        teacher=None if kind == "nll" else teacher))
+        judge=None if kind == "nll" else judge_of(teacher)))
     return scores, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -134,9 +134,9 @@ def test_tokens_of_another_precision_are_weighted_one_by_one_however_they_are_pa
     model, teacher, counts = qwen3(dtype=torch.float64), qwen3(24, seed=1, dtype=torch.float64), count(rollouts)
     loss = LossConfig(estimator=estimator)
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
-    scores = accumulate(learner, rollouts, lambda batch: token_distillation(loss, counts, importance(batch, 1.5)),
+    scores = accumulate(learner, rollouts, lambda batch: token_distillation(loss, batch, counts, importance(batch, 1.5)),
                         Reading(divergence=loss.divergence if estimator == "full" else None,
-                                teacher=hire(teacher, VOCAB)))
+                                judge=judge_of(hire(teacher, VOCAB))))
     total, seen = 0.0, []
     for r in rollouts:
         ids = torch.tensor([[*r.prompt_ids, *r.response_ids]])

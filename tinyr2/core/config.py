@@ -154,13 +154,16 @@ def _fault(model: type[BaseModel], error) -> str:
 
 
 def _keys_at(model: type[BaseModel], path: list) -> list[str]:
-    for key in path:
+    keys = iter(path)
+    for key in keys:
         if isinstance(key, int):
             continue
         fld = model.model_fields.get(key)
         inner = _model_in(fld.annotation) if fld else None
         if inner is None:
             return []
+        if typing.get_origin(fld.annotation) is dict:
+            next(keys, None)  # the name of an entry, which is the user's
         model = inner
     return sorted(model.model_fields)
 

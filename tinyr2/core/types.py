@@ -4,7 +4,7 @@ Frozen and keyword-only; a later room adds what it knows with `dataclasses.repla
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -113,13 +113,15 @@ class Batch:
     values: Tensor | None = None  # (N,) f32, the critic's before the step's first update
     returns: Tensor | None = None  # (N,) f32, its targets
     learner_logp: Tensor | None = None  # (N,) nats, detached, of the weights as they are; where it was asked for
-    teacher_hidden: Tensor | None = None  # (N, D_teacher); the state that predicts each learned token
+    teacher_gap: Tensor | None = None  # (N,) nats, the teachers' log-prob of the token's span less the learner's
+    teacher_entropy: Tensor | None = None  # (N,) nats, of the teacher's distribution; where it was asked for
+    divergence_weight: float = 1.0  # of the divergence from the teacher who reads every token
 
     def __post_init__(self):
         n = len(self.learn)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("tokens", "position", "lengths") or value is None:
+            if f.name in ("tokens", "position", "lengths", "divergence_weight") or value is None:
                 continue
             if len(value) != n:
                 raise DataError(f"{f.name}: {len(value)} values, {n} learned tokens")
@@ -131,6 +133,13 @@ class Batch:
     def learned(self) -> list[int]:
         """(B,) learned tokens of each rollout."""
         return torch.bincount(self.row, minlength=len(self.lengths)).tolist()
+
+    def select(self, at: Tensor) -> "Batch":
+        """The same pack with some of its learned tokens; at (K,) int64 says which of the N."""
+        some = {f.name: getattr(self, f.name)[at] for f in fields(self)
+                if f.name not in ("tokens", "position", "lengths", "divergence_weight")
+                and getattr(self, f.name) is not None}
+        return replace(self, **some)
 
     @property
     def targets(self) -> Tensor:

@@ -107,12 +107,17 @@ def draw(problems: Sequence[T], n: int, step: int, seed: int) -> list[T]:
     The steps cut one endless stream: epoch after epoch, each an order of its own that depends on `seed` and the epoch
     alone. So every epoch has each problem once, and `n` may exceed their number.
     """
-    assert problems and n > 0 and step >= 0
+    assert n > 0 and step >= 0
+    return stretch(problems, step * n, (step + 1) * n, seed, "data")
+
+
+def stretch(problems: Sequence[T], at: int, end: int, seed: int, *path: str) -> list[T]:
+    """Problems `at` to `end` (exclusive) of the endless stream that `seed` and `path` name."""
+    assert problems and 0 <= at <= end
     size, drawn = len(problems), []
-    at, end = step * n, (step + 1) * n
     while at < end:
         epoch, first = divmod(at, size)
-        order = permutation(size, seed, "data", epoch)[first:first + end - at]
+        order = permutation(size, seed, *path, epoch)[first:first + end - at]
         drawn += [problems[i] for i in order]
         at += len(order)
     return drawn

@@ -7,7 +7,7 @@ class in neither runs padded through its stock forward, and says so once.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -188,22 +188,33 @@ def hidden_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: S
     With gradient_checkpointing the backward pass computes each layer again, from its input, which alone is kept.
     ConfigError for rotary positions with which a row's states depend on the longest row beside it.
     """
+    return layer_states(model, tokens, position, lengths, (), gradient_checkpointing=gradient_checkpointing)[0]
+
+
+def layer_states(model: nn.Module, tokens: Tensor, position: Tensor, lengths: Sequence[int],
+                 layers: Collection[int], *, gradient_checkpointing: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    """`hidden_states`, and by number, counted from 0, what each of these decoder layers puts out: (T, D), not normed.
+
+    Both carry gradient. A layer's output is the input of the next, so looking at it costs nothing.
+    """
     body = body_of(model)
     if not is_steady(model.config):
         raise ConfigError(f"{type(model).__name__}: its rope_type ties every row's positions to the longest row of the "
                           f"batch; give a model whose config says one of {', '.join(sorted(STEADY))}")
     if model.config.model_type not in PACKED | STOCK_PACKED:
-        return _padded(body, tokens, lengths)
-    count = len(tokens)
+        return _padded(body, tokens, lengths, layers)
+    count, seen = len(tokens), {}
     tokens, position, lengths = _round_up(tokens, position, lengths)
     rows = layout(lengths, tokens.device)
     position = position[rows.order][None]
     x = body.embed_tokens(tokens[rows.order])
     rotary = body.rotary_emb(x[None], position)
-    for layer in body.layers[:body.config.num_hidden_layers]:
+    for i, layer in enumerate(body.layers[:body.config.num_hidden_layers]):
         run = partial(_layer, body, layer, rows, position, rotary)
         x = checkpoint(run, x, use_reentrant=False) if gradient_checkpointing and torch.is_grad_enabled() else run(x)
-    return move(normalized(body.norm, x), rows.back, rows.order)[:count]
+        if i in layers:
+            seen[i] = move(x, rows.back, rows.order)[:count]
+    return move(normalized(body.norm, x), rows.back, rows.order)[:count], seen
 
 
 def _round_up(tokens: Tensor, position: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Sequence[int]]:
@@ -234,10 +245,31 @@ def _listened_to(layer: nn.Module) -> bool:
                for m in (layer, *layer.children(), *layer.self_attn.children(), *layer.mlp.children()))
 
 
-def _padded(body: nn.Module, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+def _padded(body: nn.Module, tokens: Tensor, lengths: Sequence[int],
+            layers: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
     warnings.warn(f"{type(body).__name__}: no exact packed forward is known for this class; it runs padded, and "
-                  "without gradient checkpointing", stacklevel=2)
+                  "without gradient checkpointing", stacklevel=3)
     rows = torch.nn.utils.rnn.pad_sequence(tokens.split(list(lengths)), batch_first=True)
     real = torch.arange(rows.shape[1], device=rows.device)[None] < torch.tensor(lengths, device=rows.device)[:, None]
-    out = body(input_ids=rows, attention_mask=real.long(), use_cache=False)
-    return out.last_hidden_state[real]
+    with _listening(body, layers) as heard:
+        out = body(input_ids=rows, attention_mask=real.long(), use_cache=False)
+    return out.last_hidden_state[real], {i: x[real] for i, x in heard.items()}
+
+
+@contextmanager
+def _listening(body: nn.Module, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """What the decoder layers of these numbers put out, (B, width, D), filled as they are called."""
+    if layers and not isinstance(getattr(body, "layers", None), nn.ModuleList):
+        raise ConfigError(f"{type(body).__name__}: it keeps its decoder layers in no list `layers`, so their states "
+                          "cannot be read; take another class, or leave the states of inner layers out of the loss")
+    heard: dict[int, Tensor] = {}
+
+    def hear(i: int, _module: nn.Module, _args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+        heard[i] = out if isinstance(out, Tensor) else out[0]
+
+    handles = [body.layers[i].register_forward_hook(partial(hear, i)) for i in layers]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()

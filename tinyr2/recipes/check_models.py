@@ -74,7 +74,7 @@ def check_vocabulary(setup: Setup) -> Iterator[Finding]:
     Student and teacher are cropped to the ids that both have. The others must know all of those.
     """
     student = setup.student
-    sizes = {m.key: size for m in setup.models if m.config is not None
+    sizes = {m.key: size for m in setup.models if m.config is not None and not m.translated
              and (size := getattr(m.config.get_text_config(), "vocab_size", None)) is not None}
     if student.tokenizer is None or not sizes:
         return
@@ -128,9 +128,9 @@ def check_tokenizers(student: ModelFiles, other: ModelFiles) -> Iterator[Finding
         name = "tokenizers" if other.key == "teacher" else f"{other.key}.tokenizer"
         yield Finding("ok", name, f"{student.role} and {other.role} give the same tokens the same ids")
     elif other.key == "teacher":
-        yield Finding("fault", "tokenizers", "cross-tokenizer distillation is not what this loss can do: "
-                      + ", ".join(faults), f"take a teacher with the tokenizer of {student.source.path}, or build the "
-                      f"student with that of {other.source.path}")
+        yield Finding("fault", "tokenizers", "the teacher's ids mean other tokens than the student's: "
+                      + ", ".join(faults), f"take a teacher with the tokenizer of {student.source.path}, or distill "
+                      "with `tinyr2 distill`, which translates")
     else:
         told = ", ".join(faults).replace("teacher", other.role).replace("student", "policy")
         yield Finding("fault", f"{other.key}.tokenizer", f"the {other.role} reads the policy's ids, which mean other "

@@ -26,6 +26,7 @@ from tinyr2.recipes.check_models import (
     skeleton,
 )
 from tinyr2.recipes.check_rewards import check_rewards
+from tinyr2.recipes.check_teachers import check_renders, check_translation
 from tinyr2.recipes.findings import Finding, ModelFiles, Setup, fault_of
 from tinyr2.recipes.machine import describe_machine
 from tinyr2.train.state import HEADROOM
@@ -69,8 +70,12 @@ def _check_pair(setup: Setup, other: ModelFiles) -> list[Finding]:
     student = setup.student
     if student.tokenizer is None or other.tokenizer is None:
         return []
+    if other.translated:
+        return list(check_translation(setup.parts[0], student, other))
     pair = list(check_tokenizers(student, other))
-    if other is setup.teacher and _sound(pair):
+    if other in setup.teachers and _sound(pair):
+        if other.own_prompt:
+            return [*pair, *check_renders(setup.parts[0], other)]
         pair += check_prompts_alike(setup.parts[0], student.tokenizer, other.tokenizer)
     return pair
 

@@ -43,15 +43,17 @@ class Finding:
 class ModelFiles:
     """A model as its folder describes it, without its weights. None: could not be read."""
 
-    key: str  # in the config: model, student, teacher, reference, or value (the critic)
+    key: str  # in the config: model, student, teacher, teachers.0, …, reference, or value (the critic)
     source: ModelConfig
-    config: PretrainedConfig | None
+    config: PretrainedConfig | None  # None also where the model is behind a server
     tokenizer: PreTrainedTokenizerBase | None
+    own_prompt: bool = False  # a teacher that renders its own prompt
+    translated: bool = False  # its token ids mean others than the student's, and may
 
     @property
     def role(self) -> str:
         """What messages call it."""
-        return "critic" if self.key == "value" else self.key
+        return {"value": "critic"}.get(self.key, self.key.replace("teachers.", "teacher "))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Setup:
     """All that a run would stand on, read before any weight is loaded."""
 
     student: ModelFiles  # the model that is trained; its source is a StudentConfig
-    teacher: ModelFiles | None = None
+    teachers: tuple[ModelFiles, ...] = ()
     reference: ModelFiles | None = None  # of a KL, where it is not the student as it begins
     critic: ModelFiles | None = None  # one with a body of its own, and where that begins
     parts: tuple[Part, ...]  # what is trained on, then what is held out
@@ -89,9 +91,8 @@ class Setup:
     @property
     def models(self) -> list[ModelFiles]:
         """Each model that is read, the student first; a critic that begins as the student is not another one."""
-        teacher = [self.teacher] if self.teacher is not None else []
-        return [self.student, *teacher, *(m for m in (self.reference, self.critic)
-                                          if m is not None and m.source.path != self.student.source.path)]
+        return [self.student, *self.teachers, *(m for m in (self.reference, self.critic)
+                                                if m is not None and m.source.path != self.student.source.path)]
 
 
 class Reader:
@@ -114,6 +115,10 @@ class Reader:
         """A model's config and tokenizer."""
         return ModelFiles(key=key, source=source, config=self.read(key, lambda: load_config(source)),
                           tokenizer=self.read(f"{key}.tokenizer", lambda: load_tokenizer(source)))
+
+    def tokenizer(self, key: str, source: ModelConfig) -> PreTrainedTokenizerBase | None:
+        """A tokenizer alone."""
+        return self.read(f"{key}.tokenizer", lambda: load_tokenizer(source))
 
     def problems(self, key: str, source: DataConfig | None) -> list[Problem]:
         """The problems of `source`; none where there is no source or it cannot be read."""

@@ -18,8 +18,8 @@ from tinyr2.data.pairs import Pair, PairsConfig, fingerprint, load_pairs, sides
 from tinyr2.eval.intervals import wilson
 from tinyr2.recipes import setup
 from tinyr2.recipes.checks import check_training
-from tinyr2.recipes.distill import worked
 from tinyr2.recipes.findings import Finding, Part, Reader, Setup, raise_faults
+from tinyr2.recipes.graded import worked
 from tinyr2.recipes.run import identity
 from tinyr2.report.console import Console
 from tinyr2.tokens.chat import fingerprint as tokenizer_fingerprint

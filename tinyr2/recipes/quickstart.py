@@ -28,7 +28,8 @@ from tinyr2.eval.suite import EvalConfig, EvalResult, evaluate
 from tinyr2.models.load import ModelConfig, count_parameters, load_model, load_tokenizer, save_model
 from tinyr2.recipes import setup
 from tinyr2.recipes.child import run_in_child
-from tinyr2.recipes.distill import DistillConfig, distill
+from tinyr2.recipes.distill import distill
+from tinyr2.recipes.distill_config import DistillConfig
 from tinyr2.recipes.sft import SftConfig, sft
 from tinyr2.report.console import Console
 from tinyr2.report.html import write_report

@@ -20,8 +20,8 @@ from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.models.load import ModelConfig, load_model, save_model
 from tinyr2.models.scalar import load_scalar, pooling_pad, save_scalar
 from tinyr2.recipes import setup
-from tinyr2.recipes.distill import Inputs, checked_inputs
 from tinyr2.recipes.findings import ModelFiles, Part, Reader, Setup
+from tinyr2.recipes.inputs import Inputs, checked_inputs
 from tinyr2.recipes.reinforce_config import ReinforceConfig
 from tinyr2.recipes.reinforcement import Company, Reinforcement
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
@@ -53,7 +53,8 @@ def read_setup(config: ReinforceConfig) -> Setup:
         reader.read("eval_rewards", lambda: load_rewards(graders, max_completion_length=limit))
         parts.append(replace(part, rewards=graders, wanted=config.eval.num_problems))
     reference = config.reference and reader.model("reference", config.reference)
-    return Setup(student=model, teacher=teacher, reference=reference, critic=_read_critic(reader, config, model),
+    teachers = () if teacher is None else (teacher,)
+    return Setup(student=model, teachers=teachers, reference=reference, critic=_read_critic(reader, config, model),
                  parts=tuple(parts), rewards=tuple(rewards), train=config.train, evaluates=bool(config.eval_data),
                  device=config.device, output_dir=config.output_dir, unread=tuple(reader.faults))
 

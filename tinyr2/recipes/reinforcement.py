@@ -19,12 +19,13 @@ from tinyr2.data.adaptation import choose, weights
 from tinyr2.data.adaptation import update as moved
 from tinyr2.data.problems import draw
 from tinyr2.eval.suite import evaluate
-from tinyr2.recipes.distill import Inputs, tell_errors
+from tinyr2.recipes.graded import tell_errors
+from tinyr2.recipes.inputs import Inputs
 from tinyr2.recipes.reinforce_config import ReinforceConfig
 from tinyr2.recipes.show import SHOWN
 from tinyr2.rewards.grade import RewardFunction, grade, verdict_of
 from tinyr2.rollouts.sample import Policy, sample
-from tinyr2.teachers.local import Teacher
+from tinyr2.teachers.local import Teacher, judge_of
 from tinyr2.train.agent import Agent
 from tinyr2.train.collect import Collection, collect
 from tinyr2.train.credit import assign_credit, old_logp
@@ -269,7 +270,7 @@ class Reinforcement:
         shared = company.critic is not None and self.config.value.trunk == "shared"
         reading = Reading(
             temperature=self.config.rollout.temperature, score_first=loss.score_first,
-            teacher=company.teacher if by_loss else None, divergence=opd.divergence if by_loss else None,
+            judge=judge_of(company.teacher) if by_loss else None, divergence=opd.divergence if by_loss else None,
             also=value if shared else None)
         return accumulate(self.learner, rollouts, loss.on, reading)
 

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.data.packing import pack, split
 from tinyr2.data.pairs import Pair
 from tinyr2.data.problems import draw
 from tinyr2.models.packed import hidden_states

@@ -233,8 +233,10 @@ def _nested(value: Any, *kinds: type[Config]) -> Iterator[Config]:
     """The configs of those kinds in a config, however deep."""
     if isinstance(value, kinds):
         yield value
-    inside = (getattr(value, name) for name in type(value).model_fields) if isinstance(value, Config) else (
-        value if isinstance(value, tuple) else ())
+    if isinstance(value, Config):
+        inside = [getattr(value, name) for name in type(value).model_fields]
+    else:
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
     for item in inside:
         yield from _nested(item, *kinds)
 

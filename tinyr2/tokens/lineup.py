@@ -145,7 +145,8 @@ def tokens_of(one: Lineup, block: Block, translator: Translator) -> tuple[list[b
     for encoded, where, spelling in ((one.student, block.student, translator.student),
                                      (one.teacher, block.teacher, translator.teacher)):
         begins = np.append(0, encoded.ends)
-        out.append([one.text[begins[k]:begins[k + 1]] if block.aligned else spelling.name(encoded.ids[k]).encode()
+        out.append([one.text[begins[k]:begins[k + 1]] if block.aligned else
+                    spelling.pieces[encoded.ids[k]] or spelling.name(encoded.ids[k]).encode()
                     for k in range(where.start, where.stop)])
     return out[0], out[1]
 

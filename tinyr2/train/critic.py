@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tinyr2.core.config import Config
+from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.data.packing import pack, split
 from tinyr2.models.packed import hidden_states
 from tinyr2.models.scalar import scalars
 from tinyr2.objectives.policy import token_weight

@@ -16,6 +16,7 @@ from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import TokenScores
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.objectives.policy import sampled_reverse_kl, truncated_importance, weighted_nll
+from tinyr2.objectives.spans import position_weight
 
 Objective = Callable[[TokenScores], Tensor]
 Weigh = Callable[[TokenScores], Tensor]  # (n,) a factor for each token's term
@@ -33,9 +34,13 @@ class LossConfig(Config):
     reward_weight: float = Field(0.8, ge=0)
     kl_weight: float = Field(0.2, ge=0)
     kl_weight_end: float = Field(0.05, ge=0)
+    position_weight: float = Field(0.0, ge=0)  # IW-OPD's gamma: how much more the first tokens of an answer count
 
     @model_validator(mode="after")
     def _sampled_is_reverse(self) -> "LossConfig":
+        if self.position_weight and (self.level != "token" or self.estimator != "sampled"):
+            raise ValueError("position_weight weighs the terms of level: token with estimator: sampled (IW-OPD); set "
+                             "these two, or position_weight to 0")
         if self.estimator == "sampled" and self.level == "sequence":
             raise ValueError("estimator: sampled is a token-level form; with level: sequence leave it at full")
         if self.estimator == "sampled" and self.divergence.kind != "reverse_kl":
@@ -80,13 +85,32 @@ def importance(batch: Batch, cap: float | None) -> Weigh | None:
     return lambda s: truncated_importance(s.learner_logp, actor_logp[s.part], cap)
 
 
-def token_distillation(loss: LossConfig, counts: Counts, weigh: Weigh | None = None) -> Objective:
-    """Mean divergence per learned token, or its policy-gradient form."""
-    if loss.estimator == "sampled":
-        return lambda s: sampled_reverse_kl(s.learner_logp, s.teacher_logp, weigh and weigh(s), denom=counts.tokens)
-    if weigh is None:
-        return lambda s: s.divergence.sum() / counts.tokens
-    return lambda s: (weigh(s) * s.divergence).sum() / counts.tokens
+def token_distillation(loss: LossConfig, batch: Batch, counts: Counts, weigh: Weigh | None = None) -> Objective:
+    """Mean per learned token of the divergence from the teachers, and of its policy-gradient form.
+
+    Teachers that compare distributions give the first, those that know log-probs of tokens or spans (`teacher_gap`) the
+    second; both are nats of a KL.
+    """
+    gap, scale = batch.teacher_gap, batch.divergence_weight
+    if gap is not None and loss.position_weight:
+        gap = gap * position_weight(gap, batch.learned, loss.position_weight)
+
+    def objective(s: TokenScores) -> Tensor:
+        total, weight = None, weigh and weigh(s)
+        if loss.estimator == "full" and s.divergence is not None:
+            divergence = s.divergence if weight is None else weight * s.divergence
+            total = divergence.sum() / counts.tokens
+        elif loss.estimator == "sampled" and s.teacher_logp is not None:
+            total = sampled_reverse_kl(s.learner_logp, s.teacher_logp, weight, denom=counts.tokens)
+        if total is not None and scale != 1.0:
+            total = scale * total
+        if gap is not None:
+            said = gap[s.part] if weight is None else weight * gap[s.part]
+            spoken = weighted_nll(s.learner_logp, said, denom=counts.tokens)
+            total = spoken if total is None else total + spoken
+        return _nothing_said(s) if total is None else total
+
+    return objective
 
 
 def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progress: float,
@@ -96,15 +120,18 @@ def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progre
     Both are sums over a sequence's tokens and means over sequences: nats per answer beside reward per answer, so that
     the two weights compare like with like. With on-policy samples the expected gradient of L_reward is that of
     −E[reward] (REINFORCE; Williams 1992, with the leave-one-out baseline of Kool et al. 2019). The divergence is that
-    of each token's distributions; the sampling is held constant, and `weigh` leaves it alone. A rollout without a
-    verdict has weight 0 in L_reward, and keeps its divergence.
+    of each token's distributions, or the policy gradient of what teachers say of spans; the sampling is held constant,
+    and `weigh` leaves it alone. A rollout without a verdict has weight 0 in L_reward, and keeps its divergence.
     """
     credit = batch.advantage if loss.reward_loss == "reinforce" else batch.reward
-    kl_weight = loss.kl_weight_at(progress)
+    compared = sequence_divergence(loss, batch, counts, progress)
+    kl_weight, gap, scale = loss.kl_weight_at(progress), batch.teacher_gap, batch.divergence_weight
 
     def objective(s: TokenScores) -> Tensor:
-        own = batch.on_policy[s.part]
-        total = kl_weight * (s.divergence * own).sum() / max(1, counts.student_sequences)
+        total = _nothing_said(s) if s.divergence is None else scale * compared(s)
+        if gap is not None:
+            said = gap[s.part] * batch.on_policy[s.part]
+            total = total + kl_weight * weighted_nll(s.learner_logp, said, denom=max(1, counts.student_sequences))
         if credit is None:
             return total
         weight = credit[s.part].nan_to_num(0.0)
@@ -112,3 +139,21 @@ def sequence_distillation(loss: LossConfig, batch: Batch, counts: Counts, progre
         return total + loss.reward_weight * weighted_nll(s.learner_logp, weight, denom=counts.sequences)
 
     return objective
+
+
+def token_divergence(counts: Counts, weigh: Weigh | None = None) -> Objective:
+    """The part of `token_distillation` that reads divergences, of weight 1."""
+    if weigh is None:
+        return lambda s: s.divergence.sum() / counts.tokens
+    return lambda s: (weigh(s) * s.divergence).sum() / counts.tokens
+
+
+def sequence_divergence(loss: LossConfig, batch: Batch, counts: Counts, progress: float) -> Objective:
+    """The part of `sequence_distillation` that reads divergences, of weight 1."""
+    kl_weight = loss.kl_weight_at(progress)
+    return lambda s: kl_weight * (s.divergence * batch.on_policy[s.part]).sum() / max(1, counts.student_sequences)
+
+
+def _nothing_said(scores: TokenScores) -> Tensor:
+    """0, where no teacher has anything to say."""
+    return scores.learner_logp.new_zeros(())

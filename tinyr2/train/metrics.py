@@ -25,6 +25,8 @@ def score_metrics(scores: Scores, importance_cap: float | None = None) -> dict[s
         out["kl"] = float(scores.divergence.mean())
     elif scores.teacher_logp is not None:
         out["kl"] = float((scores.learner_logp - scores.teacher_logp).mean())
+    if scores.teacher_gap is not None:  # of teachers that know log-probs alone: the reverse KL's estimate
+        out["kl"] = out.get("kl", 0.0) - float(scores.teacher_gap.mean())
     gap = (scores.learner_logp - scores.actor_logp).abs()
     sampled = ~gap.isnan()
     gap = gap[sampled]
@@ -37,6 +39,16 @@ def score_metrics(scores: Scores, importance_cap: float | None = None) -> dict[s
         out |= {f"sampling/importance_sampling_ratio/{name}": float(value)
                 for name, value in (("min", ratio.min()), ("mean", ratio.mean()), ("max", ratio.max()))}
     return out
+
+
+def teacher_metrics(scores: Scores) -> dict[str, float]:
+    """Of each teacher: its KL or the gap of what it says, per token; what it knew, kept, or could not read.
+
+    Nothing where one teacher compares every token: that is `kl`.
+    """
+    if len(scores.facts) == 1:
+        return {}
+    return {name: total / count for name, (total, count) in scores.facts.items() if count}
 
 
 def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

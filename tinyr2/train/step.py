@@ -1,18 +1,20 @@
 """One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.data.packing import pack, split
 from tinyr2.models.head import Head, HeadResult, TokenScores, head_of, run
 from tinyr2.models.packed import hidden_states
 from tinyr2.objectives.divergence import Divergence
-from tinyr2.teachers.local import Teacher, consult
+from tinyr2.objectives.spans import span_gap
+from tinyr2.teachers.opinion import Judge, Opinion
 from tinyr2.train.loss import Objective
 
 
@@ -44,9 +46,11 @@ class Scores:
     learner_logp: Tensor  # (N,) nats
     entropy: Tensor  # (N,) nats
     actor_logp: Tensor  # (N,) nats; NaN where no policy of ours sampled the token
-    divergence: Tensor | None  # (N,) nats
-    teacher_logp: Tensor | None  # (N,) nats
+    divergence: Tensor | None  # (N,) nats, the teachers' weighted sum; 0 where none compares distributions
+    teacher_logp: Tensor | None  # (N,) nats, of the one teacher that read every token
     loss: float
+    teacher_gap: Tensor | None = None  # (N,) nats, the teachers' weighted log-ratio of each token's span
+    facts: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of the teachers: (sum, count) by name
 
     @classmethod
     def joined(cls, parts: Sequence["Scores"]) -> "Scores":
@@ -55,9 +59,9 @@ class Scores:
         for part in parts:
             rows.append(part.row + before)
             before += len(part.rollouts)
-        streams = ("learner_logp", "entropy", "actor_logp", "divergence", "teacher_logp")
+        streams = ("learner_logp", "entropy", "actor_logp", "divergence", "teacher_logp", "teacher_gap")
         return cls(rollouts=[r for part in parts for r in part.rollouts], row=torch.cat(rows),
-                   loss=sum(part.loss for part in parts) / len(parts),
+                   loss=sum(part.loss for part in parts) / len(parts), facts=_summed([part.facts for part in parts]),
                    **{name: _cat([getattr(part, name) for part in parts]) for name in streams})
 
 
@@ -66,11 +70,18 @@ class Reading:
     """How the rollouts of a step are read, beside the objective."""
 
     temperature: float = 1.0  # that sampled
-    divergence: Divergence | None = None
-    teacher: Teacher | None = None
+    divergence: Divergence | None = None  # from the teachers' distributions
+    judge: Judge | None = None  # the teachers
+    # what the objective does with divergences, for those of teachers who do not read every token, or are not alone
+    compare: Callable[[Batch], Objective] | None = None
+    teaching_temperature: float | None = None  # divergences have this one, and a walk of their own; None: not so
+    teacher_entropy: bool = False  # fill `Batch.teacher_entropy` from the one teacher that compares every token
+    shows_states: bool = False  # the judge reads the student's states, so these come first
+    apart: Callable[[Rollout], Hashable] | None = None  # rollouts that differ in this share no micro-batch
     score_first: bool = False  # fill `Batch.learner_logp`: for an objective that must know a whole answer's log-prob
     keep_groups: bool = False  # rollouts of one group travel in one micro-batch
     also: Callable[[Batch, Tensor], Tensor] | None = None  # one more loss, of the states (N, D) that predict the tokens
+    forward: Callable[[Batch], Tensor] | None = None  # gives the states (N, D) in place of `predicting`
 
 
 def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callable[[Batch], Objective],
@@ -80,24 +91,114 @@ def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callabl
     Without rollouts (every one of a step may fail) the loss is 0, no parameter has a gradient, and no score is there.
     """
     head = head_of(learner.model, learner.vocab)
-    teacher, parts = reading.teacher, []
-    for some in split(rollouts, learner.tokens_per_micro_batch, keep_groups=reading.keep_groups):
+    parts = []
+    for some in split(rollouts, learner.tokens_per_micro_batch, keep_groups=reading.keep_groups, apart=reading.apart):
         batch = pack(some, head.weight.device)
         with learner.autocast():
-            if teacher is not None:
-                batch = consult(teacher, batch)
-            states = predicting(learner, batch)
-            # the head as the sampler reads it, so that both compute log-probs in one precision
-            if reading.score_first:
-                batch = replace(batch, learner_logp=_logp(states, head, batch, reading.temperature))
-            result = run(states, head, batch.targets, objective(batch), temperature=reading.temperature,
-                         divergence=reading.divergence, teacher_hidden=batch.teacher_hidden,
-                         teacher_head=teacher.head if teacher else None)
-            loss = result.loss if reading.also is None else result.loss + reading.also(batch, states)
+            states, opinions = _read(learner, some, batch, reading)
+            batch, first = _heard(batch, states, head, opinions, reading)
+            result = run(states, head, batch.targets, objective(batch), **_teaching(first, reading))
+            loss, divergence, facts = _compared(result, batch, states, head, first, opinions, reading)
+            if reading.also is not None:
+                loss = loss + reading.also(batch, states)
         if loss.requires_grad:
             loss.backward()
-        parts.append((some, batch, result))
+        parts.append((some, batch, replace(result, loss=loss.detach(), divergence=divergence), facts))
     return _join(parts) if parts else _nothing(head.weight.device)
+
+
+def _read(learner: Learner, some: list[Rollout], batch: Batch, reading: Reading) -> tuple[Tensor, list[Opinion]]:
+    """The student's states, and what the teachers say; these first, so that their memory is free again."""
+    opinions = []
+    if reading.judge is not None and not reading.shows_states:
+        opinions = reading.judge(some, batch, None)
+    states = predicting(learner, batch) if reading.forward is None else reading.forward(batch)
+    if reading.judge is not None and reading.shows_states:
+        opinions = reading.judge(some, batch, states.detach())
+    return states, opinions
+
+
+def _heard(batch: Batch, states: Tensor, head: Head, opinions: Sequence[Opinion],
+           reading: Reading) -> tuple[Batch, Opinion | None]:
+    """The batch with what is known before the loss, and the first opinion that the same walk of the head can read."""
+    spoken = [o for o in opinions if o.spoken is not None]
+    # the head as the sampler reads it, so that both compute log-probs in one precision
+    if reading.score_first or spoken:
+        batch = replace(batch, learner_logp=_logp(states, head, batch, reading.temperature))
+    if spoken:
+        gaps = [o.weight * span_gap(batch.learner_logp, o.spoken.span, o.spoken.logp) for o in spoken]
+        batch = replace(batch, teacher_gap=torch.stack(gaps).sum(0) if len(gaps) > 1 else gaps[0])
+    first = next((o for o in opinions if o.complete), None)
+    if reading.teacher_entropy and first is not None:
+        batch = replace(batch, teacher_entropy=_entropy(first, batch, reading))
+    if reading.teaching_temperature is not None:
+        first = None  # the head walks once for each temperature
+    return batch if first is None else replace(batch, divergence_weight=first.weight), first
+
+
+@torch.no_grad()
+def _entropy(opinion: Opinion, batch: Batch, reading: Reading) -> Tensor:
+    temperature = reading.teaching_temperature or reading.temperature
+    whole = opinion.whole
+    return run(whole.hidden, whole.head, batch.targets, _no_loss, temperature=temperature).entropy
+
+
+def _teaching(opinion: Opinion | None, reading: Reading) -> dict[str, Any]:
+    """What `run` is told of a teacher."""
+    if opinion is None:
+        return {"temperature": reading.temperature}
+    told: dict[str, Any] = {"temperature": reading.teaching_temperature or reading.temperature}
+    whole = opinion.whole
+    if whole.topk is not None:
+        return told | {"divergence": reading.divergence, "teacher_topk": whole.topk}
+    if whole.blend is not None:
+        return told | {"divergence": reading.divergence, "teacher_blend": whole.blend}
+    return told | {"divergence": reading.divergence, "teacher_hidden": whole.hidden, "teacher_head": whole.head,
+                   "teacher_pairs": whole.pairs}
+
+
+def _compared(result: HeadResult, batch: Batch, states: Tensor, head: Head, first: Opinion | None,
+              opinions: Sequence[Opinion], reading: Reading) -> tuple[Tensor, Tensor | None, dict]:
+    """The loss with the divergences from the other teachers; all of them, weighted, at each token; what each said."""
+    facts = [_heard_of(o, batch) for o in opinions]
+    loss, divergence = result.loss, result.divergence
+    if first is not None and divergence is not None:
+        facts.append({f"teacher/{first.name}/kl": _total(divergence)})
+    others = [o for o in opinions if o is not first and o.whole is not None]
+    if others:
+        divergence = (torch.zeros_like(result.learner_logp) if divergence is None
+                      else divergence * batch.divergence_weight)
+    for opinion in others:
+        at = opinion.whole.at
+        some = batch if at is None else batch.select(at)
+        found = run(states if at is None else states[at], head, some.targets,
+                    _weighted(opinion.weight, reading.compare(some)), **_teaching(opinion, reading))
+        loss = loss + found.loss
+        at = slice(None) if at is None else at
+        divergence[at] = divergence[at] + opinion.weight * found.divergence
+        facts.append({f"teacher/{opinion.name}/kl": _total(found.divergence)})
+    return loss, divergence, _summed(facts)
+
+
+def _heard_of(opinion: Opinion, batch: Batch) -> Mapping[str, tuple[float, float]]:
+    """An opinion's own facts; where it speaks of tokens or spans, how far it is from the student, and what it left."""
+    if opinion.spoken is None:
+        return opinion.facts
+    said = opinion.spoken
+    named = said.span >= 0
+    unknown = float((~said.logp[said.span[named]].isfinite()).sum())
+    gap = span_gap(batch.learner_logp, said.span, said.logp)
+    once = {f"teacher/{opinion.name}/gap": _total(-gap[named]),
+            f"teacher/{opinion.name}/unknown": (unknown, float(named.sum()))}
+    return {**opinion.facts, **once}
+
+
+def _total(values: Tensor) -> tuple[float, float]:
+    return float(values.sum()), float(len(values))
+
+
+def _weighted(weight: float, objective: Objective) -> Objective:
+    return lambda scores: weight * objective(scores)
 
 
 @torch.no_grad()
@@ -148,19 +249,30 @@ def _no_loss(scores: TokenScores) -> Tensor:
     return scores.learner_logp.new_zeros(())
 
 
-def _join(parts: list[tuple[list[Rollout], Batch, HeadResult]]) -> Scores:
-    rollouts = [r for some, _, _ in parts for r in some]
+def _join(parts: list[tuple[list[Rollout], Batch, HeadResult, Mapping[str, tuple[float, float]]]]) -> Scores:
+    rollouts = [r for some, *_ in parts for r in some]
     rows, before = [], 0
-    for some, batch, _ in parts:
+    for some, batch, *_ in parts:
         rows.append(batch.row + before)
         before += len(some)
-    results = [result for _, _, result in parts]
+    results = [result for _, _, result, _ in parts]
     return Scores(
-        rollouts=rollouts, row=torch.cat(rows), loss=sum(float(r.loss.detach()) for r in results),
+        rollouts=rollouts, row=torch.cat(rows), loss=sum(float(r.loss) for r in results),
         learner_logp=torch.cat([r.learner_logp for r in results]), entropy=torch.cat([r.entropy for r in results]),
-        actor_logp=torch.cat([_or_nan(b.actor_logp, r.learner_logp) for _, b, r in parts]),
+        actor_logp=torch.cat([_or_nan(b.actor_logp, r.learner_logp) for _, b, r, _ in parts]),
         divergence=_cat([r.divergence for r in results]), teacher_logp=_cat([r.teacher_logp for r in results]),
+        teacher_gap=_cat([b.teacher_gap for _, b, *_ in parts]), facts=_summed([facts for *_, facts in parts]),
     )
+
+
+def _summed(parts: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """Sums and counts added up by name."""
+    total: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = total.get(name, (0.0, 0.0))
+            total[name] = (before[0] + value, before[1] + count)
+    return total
 
 
 def _nothing(device: torch.device) -> Scores:

@@ -5,7 +5,7 @@ step is split changes nothing but memory: losses are divided by counts over the 
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +13,20 @@ from torch import Tensor
 from tinyr2.core.types import Batch, Rollout
 
 
-def split(rollouts: Sequence[Rollout], max_tokens: int, *, keep_groups: bool = False) -> list[list[Rollout]]:
+def split(rollouts: Sequence[Rollout], max_tokens: int, *, keep_groups: bool = False,
+          apart: Callable[[Rollout], Hashable] | None = None) -> list[list[Rollout]]:
     """As few micro-batches of about equal size as hold the rollouts; longest first into the emptiest.
 
-    A rollout longer than `max_tokens` travels alone. With keep_groups, rollouts of one group travel together.
+    A rollout longer than `max_tokens` travels alone. With keep_groups, rollouts of one group travel together. Those
+    that differ in `apart` never do; they come in the order in which each kind first appears.
     """
     if not rollouts:
         return []
+    if apart is not None:
+        kinds: dict[Hashable, list[Rollout]] = {}
+        for r in rollouts:
+            kinds.setdefault(apart(r), []).append(r)
+        return [part for some in kinds.values() for part in split(some, max_tokens, keep_groups=keep_groups)]
     groups: dict[int, list[Rollout]] = {}
     for i, r in enumerate(rollouts):
         groups.setdefault(r.group if keep_groups else i, []).append(r)

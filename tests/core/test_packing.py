@@ -6,7 +6,7 @@ import torch
 
 from tests.train.tiny import EOS, ROLLOUTS, rollout
 from tinyr2.core.errors import DataError
-from tinyr2.data.packing import pack, split
+from tinyr2.core.packing import pack, split
 
 
 def test_a_pack_of_two_is_what_the_docstring_of_batch_says():

@@ -1,0 +1,198 @@
+"""What `tinyr2 distill` can be told: who writes, who judges, and what the student makes of it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tinyr2.core.config import Config
+from tinyr2.data.mixture import MixtureConfig
+from tinyr2.data.problems import DataConfig
+from tinyr2.eval.suite import EvalConfig
+from tinyr2.models.load import HeldDType, ModelConfig
+from tinyr2.recipes import setup
+from tinyr2.recipes.answers import check_choices
+from tinyr2.recipes.data_distillation import DataDistillationConfig
+from tinyr2.rewards.grade import RewardConfig
+from tinyr2.teachers.privileged import PrivilegeConfig
+from tinyr2.teachers.remote import ServerConfig
+from tinyr2.train.guard import GuardConfig
+from tinyr2.train.hidden import HiddenConfig
+from tinyr2.train.kd import KdConfig
+from tinyr2.train.loop import TrainConfig
+from tinyr2.train.loss import LossConfig
+
+Signal = Literal["auto", "exact", "chunk", "chunk_debiased", "mapped", "marginal"]
+
+
+class TeacherConfig(Config):
+    """One teacher: a model (`path`), a server, or the student itself (`ema`)."""
+
+    path: str | None = None
+    revision: str | None = None
+    dtype: HeldDType = "auto"
+    server: ServerConfig | None = None
+    # the student's own weights: 0 as they are now, 1 as they were at the start, between them a moving average's decay
+    ema: float | None = Field(None, ge=0.0, le=1.0)
+    name: str | None = None  # in metrics and messages; None: teacher, or teacher0, teacher1, …
+    tasks: tuple[str, ...] | None = None  # whose answers it judges, by the problems' task; None: all
+    weight: float = Field(1.0, ge=0.0)
+    weight_end: float | None = Field(None, ge=0.0)  # the weight goes there linearly; None: it stays
+    prompt: Literal["student", "own"] = "student"  # with one vocabulary: whose chat template writes its prompt
+    privilege: PrivilegeConfig | None = None  # what it knows and the student does not
+    # with another tokenizer: what it says of the student's tokens; auto: marginal, or chunk of a server
+    signal: Signal = "auto"
+    max_bias: float = Field(0.1, ge=0.0, le=1.0)  # chunk_debiased: probability that a span's boundary may rule out
+    roles: dict[str, tuple[str, str]] = {}  # special tokens by role, the student's and its own: think_open, think_close
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "TeacherConfig":
+        given = [k for k in ("path", "server", "ema") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("a teacher is a path, a server, or the student itself (ema: 0); give one of the three"
+                             + (f", not {' and '.join(given)}" if given else ""))
+        if self.server is not None and self.signal in ("mapped", "marginal", "chunk_debiased"):
+            raise ValueError(f"signal {self.signal} needs the teacher's whole distribution, which a server does not "
+                             "give; take chunk or exact")
+        return self
+
+    @property
+    def model(self) -> ModelConfig | None:
+        """The folder that its weights are read from, if any."""
+        return None if self.path is None else ModelConfig(path=self.path, revision=self.revision, dtype=self.dtype)
+
+    @property
+    def source(self) -> str:
+        """What messages call it."""
+        return self.path or (self.server.url if self.server is not None else "the student itself")
+
+
+class PanelConfig(Config):
+    """What becomes of several teachers."""
+
+    # sum: each divergence by its weight (DeepSeek-V4's merge of experts); average, product: of their distributions
+    combine: Literal["sum", "average", "product"] = "sum"
+    resident: Literal["all", "one"] = "all"  # one: they visit one after another, and leave their hidden states
+
+
+class RolloutConfig(setup.WritingConfig):
+    """Who answers how many of a step's prompts."""
+
+    num_generations: int = Field(1, ge=0)  # by the student, per prompt
+    num_teacher_generations: int = Field(0, ge=0)  # by the teacher, per prompt; for reward_loss: weighted_nll
+    lmbda: float = Field(1.0, ge=0.0, le=1.0)  # share of prompts the student answers; the data's completions the rest
+    importance_cap: float = Field(2.0, gt=0.0)  # of the weights that correct for bfloat16
+
+
+class DistillConfig(Config):
+    """Everything that `tinyr2 distill` can be told."""
+
+    method: Literal["on_policy", "data"] = "on_policy"  # data: the teacher writes, the student is fine-tuned on it
+    student: setup.StudentConfig
+    teacher: TeacherConfig | None = None
+    teachers: tuple[TeacherConfig, ...] = ()  # in place of one
+    panel: PanelConfig = PanelConfig()
+    data: DataConfig | None = None
+    mixture: MixtureConfig | None = None  # in place of data: several sources at a ratio
+    eval_data: DataConfig | None = None
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    kd: KdConfig | None = None
+    hidden: HiddenConfig | None = None  # hidden states beside the loss
+    data_distillation: DataDistillationConfig | None = None
+    guard: GuardConfig | None = None  # None: GuardConfig() where a privileged teacher is the student itself
+    rewards: tuple[RewardConfig, ...] = ()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    eval_kl_problems: int = Field(64, ge=0)  # held-out prompts whose KL is measured on the student's own answers
+    compare_problems: int = Field(128, ge=0)  # held-out problems that student and teachers answer before the first step
+    device: str = "auto"
+    output_dir: str
+
+    @property
+    def trained_on(self) -> DataConfig | MixtureConfig:
+        """Where the problems come from."""
+        return self.data or self.mixture
+
+    @property
+    def staff(self) -> tuple[TeacherConfig, ...]:
+        """The teachers, each with a name."""
+        if self.teacher is not None:
+            return (self.teacher.model_copy(update={"name": self.teacher.name or "teacher"}),)
+        return tuple(t.model_copy(update={"name": t.name or f"teacher{i}"}) for i, t in enumerate(self.teachers))
+
+    @property
+    def guarding(self) -> GuardConfig | None:
+        """The guard that stands: the configured one, or the usual one where the student teaches itself."""
+        itself = any(t.ema is not None and t.privilege is not None for t in self.staff)
+        return self.guard or (GuardConfig() if itself else None)
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> "DistillConfig":
+        if self.data_distillation is not None:
+            check_choices(self.data_distillation, self.rewards)
+        for wrong, message in (*self._writing(), *self._judging(), *self._other_ways()):
+            if wrong:
+                raise ValueError(message)
+        return self
+
+    def _writing(self) -> list[tuple[bool, str]]:
+        loss, rollout = self.loss, self.rollout
+        sequence = loss.level == "sequence"
+        return [
+            (self.data is None and self.mixture is None, "data: missing; give data=…, or a mixture of several sources"),
+            (self.data is not None and self.mixture is not None,
+             "data and mixture: both are what is trained on; give one of the two"),
+            (sequence and not self.rewards,
+             "loss.level: sequence needs a reward; add rewards: [{name: exact_answer}], or your own file and function"),
+            (sequence and loss.reward_loss == "reinforce" and rollout.num_generations < 2,
+             "reward_loss: reinforce takes its baseline from the other answers to the same prompt; set "
+             "rollout.num_generations to 2 or more"),
+            (bool(rollout.num_teacher_generations) and not (sequence and loss.reward_loss == "weighted_nll"),
+             "rollout.num_teacher_generations: only loss.level: sequence with reward_loss: weighted_nll may learn from "
+             "answers that the teacher wrote"),
+            (rollout.num_generations + rollout.num_teacher_generations < 1,
+             "rollout: nobody writes; set num_generations to 1 or more"),
+            (rollout.lmbda < 1 and (sequence or loss.estimator == "sampled"),
+             "rollout.lmbda below 1 mixes in the data's completions, which only loss.level: token with estimator: full "
+             "can learn from"),
+        ]
+
+    def _judging(self) -> list[tuple[bool, str]]:
+        staff, names = self.staff, [t.name for t in self.staff]
+        tempered = self.rollout.temperature if self.kd is None else self.kd.temperature
+        tempers = any(t.server is not None and t.server.engine in ("vllm", "sglang") for t in staff)
+        return [
+            ((self.teacher is None) == (not self.teachers),
+             "give either teacher, one, or teachers, a list"),
+            (len(set(names)) < len(names), f"two teachers share a name ({', '.join(names)}); give each its own"),
+            (self.panel.combine != "sum" and any(t.server is not None for t in staff),
+             f"panel.combine: {self.panel.combine} needs whole distributions, which a server does not give; take sum"),
+            (self.panel.combine != "sum" and self.loss.estimator == "sampled",
+             f"panel.combine: {self.panel.combine} blends distributions; it needs loss.estimator: full"),
+            (self.panel.combine != "sum" and len({t.tasks for t in staff}) > 1,
+             f"panel.combine: {self.panel.combine} blends teachers of the same tasks; give all the same, or take sum"),
+            (tempers and tempered != 1.0,
+             f"a vLLM or SGLang server gives prompt log-probs at temperature 1 only, and this run samples at "
+             f"{tempered}; set rollout.temperature=1.0, or load the teacher here with path"),
+            (bool(self.rollout.num_teacher_generations) and (len(staff) > 1 or not any(t.path for t in staff)),
+             "rollout.num_teacher_generations: one teacher with a path writes; give exactly that"),
+        ]
+
+    def _other_ways(self) -> list[tuple[bool, str]]:
+        staff = self.staff
+        plain = len(staff) == 1 and staff[0].path is not None and staff[0].privilege is None
+        data = self.method == "data"
+        return [
+            (self.kd is not None and (self.rollout.lmbda > 0 or self.loss.level == "sequence"),
+             "kd has hard labels, which only the data's completions give; set rollout.lmbda=0 and loss.level=token"),
+            (self.kd is not None and self.panel.combine == "sum" and len(staff) > 1 and self.kd.by == "entropy",
+             "kd.by: entropy asks how sure one teacher is; take one teacher, or panel.combine: average"),
+            (self.hidden is not None and not plain,
+             "hidden compares the layers of one teacher that is loaded here and reads what the student reads; give one "
+             "teacher with a path and without privilege"),
+            (data and not plain, "method: data needs one teacher with a path, which writes"),
+            (data and self.mixture is not None,
+             "method: data asks one source of problems; give data, and mix what was written with `tinyr2 sft`"),
+            (data != (self.data_distillation is not None),
+             "method: data and data_distillation belong together; give both or neither"),
+        ]

@@ -1,0 +1,283 @@
+"""The teachers of a distillation run: each one's mind, view and seat; and what is trained beside the student.
+
+In: the config, tokenizers, and the student as it begins. Out: a `Staff`, which the steps ask.
+"""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyr2.core.errors import ConfigError
+from tinyr2.core.types import Batch, Message, Rollout
+from tinyr2.data.retrieval import Corpus, Retriever
+from tinyr2.models.head import head_of
+from tinyr2.models.load import context_length, load_model
+from tinyr2.models.pairs import Pairs
+from tinyr2.recipes import setup
+from tinyr2.recipes.distill_config import DistillConfig, Signal, TeacherConfig
+from tinyr2.recipes.findings import ModelFiles, Setup
+from tinyr2.recipes.inputs import Inputs
+from tinyr2.rollouts.sample import Policy
+from tinyr2.teachers.boundaries import Boundaries, Order
+from tinyr2.teachers.local import Teacher, hire
+from tinyr2.teachers.marginal import Marginal
+from tinyr2.teachers.member import Member, Seat
+from tinyr2.teachers.minds import Distant, Mind, Resident, Visitor
+from tinyr2.teachers.panel import Panel
+from tinyr2.teachers.privileged import Kind, PrivilegeConfig, known, privilege_metrics, privileged_messages
+from tinyr2.teachers.remote import RemoteTeacher
+from tinyr2.teachers.views import View
+from tinyr2.tokens.byte_order import byte_order
+from tinyr2.tokens.prefixes import Prefixes
+from tinyr2.tokens.translate import Translator
+from tinyr2.train.ema import Ema
+from tinyr2.train.hidden import Apprentice, HiddenConfig, HiddenTerm, Projections, hire_layers, optimizer_of
+from tinyr2.train.optim import Joint, Offloaded, Optimizer, make_optimizer
+from tinyr2.train.step import Learner
+
+START = "start"  # the guard's own teacher: the student as it began
+
+
+class Pupil(Apprentice):
+    """What a run's checkpoints hold: the student, the projections that are trained beside it, and moving averages."""
+
+    def __init__(self, student: nn.Module, projections: Projections, averages: Sequence[Ema]):
+        super().__init__(student, projections)
+        self.averages = nn.ModuleList(averages)
+
+
+@dataclass
+class Layers:
+    """The hidden-state term of one run, between a micro-batch's forward and its loss."""
+
+    term: HiddenTerm
+    _ours: dict[int, Tensor] = field(default_factory=dict)
+
+    def reading(self, learner: Learner, tokens: int) -> dict[str, Callable]:
+        """What `Reading` needs: a forward that keeps the mapped layers' states, and the term of the loss."""
+
+        def forward(batch: Batch) -> Tensor:
+            states, self._ours = self.term.read(learner.model, batch,
+                                                gradient_checkpointing=learner.gradient_checkpointing)
+            return states
+
+        def also(batch: Batch, states: Tensor) -> Tensor:
+            ours, self._ours = self._ours, {}
+            return self.term.loss(ours, self.term.consult(batch), denom=tokens)
+
+        return {"forward": forward, "also": also}
+
+
+@dataclass
+class Tutoring:
+    """What one privileged teacher is shown; counts what there was to show."""
+
+    config: PrivilegeConfig
+    retrieve: Callable | None
+    _shown: list[Mapping[Kind, str]] = field(default_factory=list)
+
+    def __call__(self, rollout: Rollout, group: Sequence[Rollout]) -> tuple[Message, ...] | None:
+        self._shown.append(known(rollout, group, self.config, self.retrieve))
+        return privileged_messages(rollout, group, self.config, self.retrieve)
+
+    def metrics(self) -> dict[str, float]:
+        """The shares since the last call."""
+        shown, self._shown = self._shown, []
+        return privilege_metrics(shown, self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staff:
+    """Everyone beside the student."""
+
+    panel: Panel
+    averages: tuple[Ema, ...] = ()
+    hidden: Layers | None = None
+    servers: tuple[RemoteTeacher, ...] = ()
+    tutoring: tuple[Tutoring, ...] = ()
+    writer: Policy | None = None  # the teacher that may write
+    shows_states: bool = False  # a member reads the student's states
+    apart: Callable[[Rollout], Hashable] | None = None  # answers with other judges travel in other micro-batches
+
+    def pupil(self, student: nn.Module, config: DistillConfig) -> tuple[nn.Module, Optimizer | Offloaded | Joint]:
+        """What is trained and saved, the student itself where nothing is beside it; and its optimizer."""
+        if self.hidden is None and not self.averages:
+            return student, make_optimizer(student, config.train)
+        projections = Projections({}, 1, 1, 0) if self.hidden is None else self.hidden.term.projections
+        pupil = Pupil(student, projections, self.averages)
+        return pupil, optimizer_of(pupil, config.train, config.hidden or HiddenConfig())
+
+    def follow(self, student: nn.Module, t: int) -> None:
+        """Before step `t`: moving averages follow the optimizer step that came before."""
+        if t > 0:
+            for average in self.averages:
+                average.update(student)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the step that just ended: what privileged teachers were shown."""
+        return {name: value for one in self.tutoring for name, value in one.metrics().items()}
+
+    def close(self) -> None:
+        """Give connections back."""
+        for server in self.servers:
+            server.close()
+
+
+def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Learner, journals: Path) -> Staff:
+    """All teachers, their weights loaded, their servers checked. ConfigError where one cannot do what is asked."""
+    hiring = Hiring(config, inputs, learner, journals)
+    members = [hiring.member(t, files) for t, files in zip(config.staff, files_of(config, found), strict=True)]
+    guard = config.guarding
+    if guard is not None and guard.kl_to_start:
+        start = TeacherConfig(ema=1.0, name=START, weight=guard.kl_to_start)
+        members.append(hiring.member(start, None))
+    student = head_of(learner.model, learner.vocab)
+    panel = Panel(members, config.panel.combine, student)
+    hidden = None
+    if config.hidden is not None:
+        (loaded,) = hiring.loaded
+        hidden = Layers(hire_layers(learner.model, loaded.model, config.hidden, config.train.seed))
+    return Staff(panel=panel, averages=tuple(hiring.averages), servers=tuple(hiring.servers), hidden=hidden,
+                 tutoring=tuple(hiring.tutoring), writer=hiring.writer(),
+                 shows_states=any(m.seat.signal == "chunk_debiased" for m in members),
+                 apart=panel.company if len({m.seat.tasks for m in members}) > 1 else None)
+
+
+def files_of(config: DistillConfig, found: Setup) -> list[ModelFiles | None]:
+    """Of each teacher its files; None for the student itself."""
+    read = iter(found.teachers)
+    return [None if t.ema is not None else next(read) for t in config.staff]
+
+
+@dataclass
+class Hiring:
+    """One member after another; keeps what the staff needs beside the panel."""
+
+    config: DistillConfig
+    inputs: Inputs
+    learner: Learner
+    journals: Path
+    averages: list[Ema] = field(default_factory=list)
+    servers: list[RemoteTeacher] = field(default_factory=list)
+    tutoring: list[Tutoring] = field(default_factory=list)
+    loaded: list[Teacher] = field(default_factory=list)
+
+    def member(self, teacher: TeacherConfig, files: ModelFiles | None) -> Member:
+        """One teacher, ready to work."""
+        translator = None
+        if files is not None and files.translated:
+            translator = Translator(self.inputs.tokenizer, files.tokenizer, teacher.roles or None)
+        signal = signal_of(teacher, self.config)
+        mind = self._mind(teacher, files)
+        seat = Seat(
+            name=teacher.name, tasks=None if teacher.tasks is None else frozenset(teacher.tasks), weight=teacher.weight,
+            weight_end=teacher.weight_end, signal=signal, speaks=self._speaks, temperature=self._temperature)
+        aid = None if translator is None else self._aid(translator, signal, teacher.max_bias)
+        return Member(seat, self._view(teacher, files, translator), mind, aid)
+
+    def writer(self) -> Policy | None:
+        """The one teacher, as a policy, where it writes too."""
+        if not self.config.rollout.num_teacher_generations:
+            return None
+        return setup.policy_of(self.loaded[0].model, self.inputs.tokenizer, self.inputs.vocab,
+                               exact=self.config.train.deterministic)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.learner.model.parameters()).device
+
+    @property
+    def _temperature(self) -> float:
+        return self.config.rollout.temperature if self.config.kd is None else self.config.kd.temperature
+
+    @property
+    def _speaks(self) -> bool:
+        loss = self.config.loss
+        return loss.estimator == "sampled" and (loss.position_weight > 0 or len(self.config.staff) > 1)
+
+    def _mind(self, teacher: TeacherConfig, files: ModelFiles | None) -> Mind:
+        if teacher.server is not None:
+            server = RemoteTeacher(teacher.server, self.journals / f"{teacher.name}.jsonl")
+            server.check(files.tokenizer, self._temperature)
+            self.servers.append(server)
+            return Distant(lambda asked: [s.logp if s.error is None else (None,) * len(response)
+                                          for s, (_, response) in zip(server.score(asked), asked, strict=True)])
+        if teacher.ema is not None:
+            return Resident(self._itself(teacher.ema))
+        size = max(files.tokenizer.get_vocab().values()) + 1 if files.translated else self.inputs.vocab
+        load = partial(_load, teacher, self._device, size)
+        if self.config.panel.resident == "one":
+            return Visitor(load, self.learner.tokens_per_micro_batch)
+        self.loaded.append(load())
+        return Resident(self.loaded[-1])
+
+    def _itself(self, decay: float) -> Teacher:
+        model = self.learner.model
+        if decay > 0:
+            average = Ema(model, decay)
+            self.averages.append(average)
+            model = average.model
+        return Teacher(model, head_of(model, self.inputs.vocab))
+
+    def _view(self, teacher: TeacherConfig, files: ModelFiles | None, translator: Translator | None) -> View:
+        privilege = None
+        if teacher.privilege is not None:
+            privilege = Tutoring(teacher.privilege, retriever_of(teacher.privilege))
+            self.tutoring.append(privilege)
+        own = files is not None and teacher.prompt == "own"
+        tokenizer = files.tokenizer if own else self.inputs.tokenizer if privilege is not None else None
+        model_config = self.learner.model.config if files is None else files.config
+        context = None if model_config is None else context_length(model_config)
+        if teacher.server is not None:
+            context = None  # the server itself refuses what is too long
+        return View(translator=translator, tokenizer=None if translator is not None else tokenizer,
+                    privilege=privilege, context=context)
+
+    def _aid(self, translator: Translator, signal: Signal, max_bias: float) -> Pairs | Boundaries | Marginal | None:
+        """What a signal needs to know of the two vocabularies."""
+        ours, theirs = translator.student, translator.teacher
+        if signal == "mapped":
+            return Pairs(*(torch.from_numpy(ids).to(self._device) for ids in translator.pairs))
+        if signal == "chunk_debiased":
+            return Boundaries(self._order(ours.pieces), self._order(theirs.pieces), threshold=max_bias)
+        if signal == "marginal":
+            texts = ours.ids_of_bytes()
+            roles = {int(t): int(s) for s, t in zip(*translator.pairs, strict=True) if not theirs.pieces[t]}
+            return Marginal(Prefixes(texts, theirs.pieces, roles), ours.pieces, theirs.pieces, self.inputs.vocab)
+        return None
+
+    def _order(self, pieces: Sequence[bytes]) -> Order:
+        return Order(*(torch.from_numpy(part).to(self._device) for part in byte_order(pieces)))
+
+
+def signal_of(teacher: TeacherConfig, config: DistillConfig) -> Signal:
+    """What a teacher with another tokenizer says, where the config leaves it open; ConfigError where it cannot."""
+    sampled = config.loss.estimator == "sampled"
+    if teacher.signal in ("mapped", "marginal") and sampled:
+        raise ConfigError(f"{teacher.name}: signal {teacher.signal} compares distributions, and loss.estimator: sampled does "
+                          "not; set loss.estimator=full, or the signal to chunk")
+    if teacher.signal != "auto":
+        return teacher.signal
+    return "chunk" if teacher.server is not None or sampled else "marginal"
+
+
+def retriever_of(privilege: PrivilegeConfig) -> Callable | None:
+    """What finds passages in the config's corpus; None where none are shown."""
+    if "passages" not in privilege.shows:
+        return None
+    return Retriever(Corpus.read(privilege.corpus)).texts
+
+
+def _load(teacher: TeacherConfig, device: torch.device, vocab: int) -> Teacher:
+    return hire(load_model(teacher.model, device), vocab)
+
+
+def worse_teachers(found: Mapping[str, float], student: float) -> list[str]:
+    """A warning for each teacher that answers fewer held-out problems rightly than the student."""
+    return [f"{name} solves {value:.1%} of the held-out problems, the student {student:.1%}: a student cannot learn "
+            "from a worse teacher what it knows better; take another teacher, or train this one further"
+            for name, value in found.items() if value < student]
