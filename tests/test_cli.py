@@ -79,8 +79,8 @@ def test_the_command_line_loads_nothing_heavy_before_a_verb_runs():
 
 
 def test_the_verbs_are_these():
-    assert commands().keys() == {"quickstart", "build", "sft", "distill", "reinforce", "pipeline", "eval", "doctor",
-                                 "report", "runs list", "runs resume"}
+    assert commands().keys() == {"quickstart", "build", "sft", "distill", "reinforce", "pipeline", "eval", "align",
+                                 "doctor", "report", "runs list", "runs resume"}
     text = run("--help").stdout
     assert all(f"\n  {verb.partition(' ')[0]} " in text for verb in commands())
 
@@ -145,6 +145,12 @@ def fault(*words: str | Path) -> str:
     (["eval", "m", "--task", "countdown", "--option", "nmbers=4"], "nmbers: unknown key; did you mean 'numbers'?"),
     (["eval", "m", "--task", "countdown", "--split", "test"], "a task has the splits train and held_out"),
     (["eval", "m", "--data", "d", "-n", "4"], "set temperature=0.6 or so"),
+    (["align", "a"], "no tokenizer of the teacher: give A and B"),
+    (["align"], "no tokenizer of the student: give A and B, two folders or hub names"),
+    (["align", "./nowhere", "b"], "./nowhere: no such folder"),
+    (["align", "a", "b", "--max-bias", "0.2"], "are of answers; give --student and --teacher"),
+    (["align", "--student", "s", "--data", "d.jsonl"], "--teacher: missing"),
+    (["align", "--student", "s", "--teacher", "t"], "--data: missing"),
 ])
 def test_words_that_cannot_be_meant_are_answered_with_one_message(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -359,3 +365,22 @@ def test_quickstart_is_told_what_was_typed(monkeypatch, tmp_path):
     run("quickstart")
     assert calls[1] == {"out": Path("runs/quickstart"), "seed": 0, "minutes": 3.0, "overwrite": False,
                         "level": quickstart.LEVEL}
+
+
+def test_align_ends_with_one_object_and_draws_elsewhere(work):
+    done = run("align", work / "model", work / "model", "--data", work / "data.jsonl", "--limit", 2, "--json")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert (found["same"], found["bytes_covered"], found["exact"]) == (True, 1.0, {"tokens": 1.0, "bytes": 1.0})
+    assert found["kinds"].keys() == {"data"}
+    assert "both cut here" in done.stderr
+
+
+def test_align_asks_two_models_where_they_are_given(work):
+    done = run("align", "--student", work / "model", "--teacher", work / "model", "--data", work / "data.jsonl",
+               "--limit", 2, "--max-completion-length", 4, "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["models"]
+    assert (found["problems"], found["answers"], found["max_bias"]) == (2, 2, 0.1)
+    assert {"exact", "chunk", "chunk_debiased", "mapped"} <= found.keys()

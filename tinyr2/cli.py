@@ -316,6 +316,67 @@ def evaluate(
 
 
 @app.command()
+def align(
+    a: Annotated[str | None, typer.Argument(
+        metavar="A", show_default=False, help="The student's tokenizer: a folder or a hub name.")] = None,
+    b: Annotated[str | None, typer.Argument(
+        metavar="B", show_default=False, help="The teacher's tokenizer, likewise.")] = None,
+    data: Annotated[str | None, typer.Option(
+        metavar="FILE", help="Texts to compare on: .txt, .jsonl or .parquet; with models the problems that the student "
+                             "answers.  [default: built-in samples]")] = None,
+    limit: Annotated[int | None, typer.Option(
+        help="Only the first rows.  [default: all; with models 64]")] = None,
+    student: Annotated[str | None, typer.Option(
+        metavar="MODEL", help="The student itself: it answers the problems of --data. Its tokenizer is A, where A is "
+                              "left out.")] = None,
+    teacher: Annotated[str | None, typer.Option(
+        metavar="MODEL", help="The teacher itself, which reads the answers. Its tokenizer is B, where B is left "
+                              "out.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(help="Tokens of an answer.  [default: 256]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the answers.  [default: 1]")] = None,
+    max_bias: Annotated[float | None, typer.Option(
+        help="Of chunk_debiased: the probability that the end of a span may rule out.  [default: 0.1]")] = None,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Show how two tokenizers line up, and what each signal keeps.
+
+    Of prose, maths, code, Chinese and emoji, or of --data: the share of the student's tokens and of the bytes that
+    `exact`, `chunk` and `mapped` speak of; special tokens by role; the longest spans. With two models also
+    `chunk_debiased`, and the share of the sum of |advantage|.
+
+    \b
+    Examples:
+      tinyr2 align runs/student/final Qwen/Qwen3-8B
+      tinyr2 align ../shared/tokenizers/gpt2 ../shared/tokenizers/o200k --data texts.jsonl
+      tinyr2 align --student runs/student/final --teacher runs/teacher/final --data problems.jsonl
+    """
+    from tinyr2.core import config as configs
+    from tinyr2.recipes.align import AlignConfig
+    from tinyr2.recipes.align import align as recipe
+
+    models = {"--student": student, "--teacher": teacher}
+    sampling = _given(max_completion_length=max_completion_length, temperature=temperature)
+    if student is None and teacher is None:
+        if sampling or max_bias is not None:
+            raise ConfigError("--max-completion-length, --temperature and --max-bias are of answers; give --student "
+                              "and --teacher, or leave them out")
+        raw = _given(student=a, teacher=b, data=data, limit=limit)
+    elif None in (*models.values(), data):
+        lacking = next(name for name, value in {**models, "--data": data}.items() if value is None)
+        raise ConfigError(f"{lacking}: missing; a student answers the problems of --data, and a teacher reads them: "
+                          "give --student, --teacher and --data")
+    else:
+        raw = _given(student=a, teacher=b, models=_given(
+            student={"path": student}, teacher={"path": teacher}, data={"path": data, "limit": limit or 64},
+            sampling=sampling, max_bias=max_bias, seed=seed, device=device))
+    settings = configs.build(AlignConfig, raw, "tinyr2 align")
+    with _console(json) as console:
+        console.result(recipe(settings, console))
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", show_default=False, help=(
         "What `tinyr2 sft`, `distill`, `reinforce` or `pipeline` would be given; without it, only the machine is "

@@ -34,11 +34,14 @@ class _Drawn:
 
 
 def lineup_table(found: Mapping[str, Any]) -> Table:
-    """A row for each kind of text and one for all; what each signal keeps of the student's tokens and of the bytes."""
-    columns = ("bytes", "A tokens", "B tokens", "covered", *SIGNALS)
+    """A row for each kind of text and one for all; what each signal keeps of A's tokens and of the bytes.
+
+    Narrow enough for a terminal of 80 cells; the bytes covered are those that `chunk` keeps.
+    """
+    columns = ("bytes", "of A", "of B", *SIGNALS)
     rows = {**found["kinds"], "all": found} if len(found["kinds"]) > 1 else found["kinds"]
     return Table(columns, tuple(Row(clean(kind), _cells(one)) for kind, one in rows.items()),
-                 "what each signal keeps: share of A's tokens / of the bytes")
+                 "tokens of A and B; what each signal keeps, in % of A's tokens / of the bytes")
 
 
 def roles_lines(found: Mapping[str, Any]) -> list[str]:
@@ -58,12 +61,12 @@ def roles_lines(found: Mapping[str, Any]) -> list[str]:
                     + (f" ({lost['count']} times)" if lost["count"] > 1 else "") for lost in found["lost"]]
 
 
-def worst_lines(found: Mapping[str, Any]) -> list[str]:
-    """The longest spans, both sides' tokens shown."""
+def worst_lines(found: Mapping[str, Any], width: int = WIDTH) -> list[str]:
+    """The longest spans, both sides' tokens shown; no line is wider than `width` cells."""
     lines = ["longest spans:" if found["worst"] else "longest spans: none, every span is one token on either side"]
     for one in found["worst"]:
         lines.append(f"  {clean(one['kind'])}, {len(one['student'])} to {len(one['teacher'])} tokens")
-        lines += [f"    {label} {_cut(INNER.join(map(shown, one[side])), WIDTH)}"
+        lines += [f"    {label} {_cut(INNER.join(map(shown, one[side])), width - 6)}"
                   for label, side in (("A", "student"), ("B", "teacher"))]
     return lines
 
@@ -71,7 +74,7 @@ def worst_lines(found: Mapping[str, Any]) -> list[str]:
 def lineup_lines(lineups: Sequence[Lineup], translator: Translator, width: int = WIDTH) -> list[str]:
     """One line of the first text of each kind, A's tokens above B's.
 
-    It is the text's line with the most tokens outside spans of one token each.
+    It is the text's line with the most tokens outside spans of one token each. width: cells, at most
     """
     firsts: dict[str, Lineup] = {}
     for one in lineups:
@@ -128,8 +131,7 @@ def _cut(text: str, most: int) -> str:
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     size = one["size"]
     return (f"{size['bytes']:,}", f"{size['student_tokens']:,}", f"{size['teacher_tokens']:,}",
-            f"{one['bytes_covered']:.1%}",
-            *(f"{one[signal]['tokens']:.1%} / {one[signal]['bytes']:.1%}" for signal in SIGNALS))
+            *(f"{100 * one[signal]['tokens']:.1f} / {100 * one[signal]['bytes']:.1f}" for signal in SIGNALS))
 
 
 def _named(token: Mapping[str, Any]) -> str:

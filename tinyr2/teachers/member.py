@@ -36,6 +36,9 @@ class Seat:
     signal: Signal = "chunk"  # what it says across vocabularies
     speaks: bool = False  # in one vocabulary too: log-probs of the sampled tokens instead of distributions
     temperature: float = 1.0
+    # nats, of a special token of the student's that the teacher has no counterpart for, and so can never say; without
+    # it a student that is told off for its text escapes to such tokens, of which nothing would be said
+    never: float = -20.0
 
     def weight_at(self, progress: float) -> float:
         """How much it counts when a share `progress` of the steps is done; linear."""
@@ -93,6 +96,8 @@ class Member:
     def _in_one_vocabulary(self, batch: Batch, own: Batch, told: list[int], thoughts: Thoughts,
                            weight: float) -> Opinion:
         at = None if len(told) == len(batch.lengths) else _tokens_of(batch, told)
+        if thoughts.topk is not None:
+            return self._listed(len(own.learn), at, thoughts, weight)
         if thoughts.hidden is not None and not self.seat.speaks:
             return Opinion(name=self.seat.name, weight=weight,
                            whole=Whole(hidden=thoughts.hidden, head=thoughts.head, at=at))
@@ -101,17 +106,27 @@ class Member:
         return Opinion(name=self.seat.name, weight=weight,
                        spoken=Spoken(span=span, logp=thoughts.logp(own.targets, self.seat.temperature)))
 
+    def _listed(self, count: int, at: Tensor | None, thoughts: Thoughts, weight: float) -> Opinion:
+        """Lists of likeliest tokens, wherever the server gave one of the `count` tokens at `at`."""
+        there = thoughts.at
+        unknown = {"unknown": (float(count - len(there)), float(count))}
+        if at is not None or len(there) < count:
+            at = there if at is None else at[there]
+        return Opinion(name=self.seat.name, weight=weight, facts=self._named(unknown),
+                       whole=Whole(topk=thoughts.topk, at=at))
+
     def _across(self, places: "Places", batch: Batch, own: Batch, thoughts: Thoughts,
                 student: tuple[Tensor | None, Head | None], weight: float) -> Opinion:
         spans, signal = places.spans, self.seat.signal
         said = thoughts.logp(own.targets, self.seat.temperature)
         if signal == "chunk_debiased":
             closes = self._aid.closes(spans, batch.targets, student, own.targets,
-                                             (thoughts.hidden, thoughts.head), self.seat.temperature)
+                                      (thoughts.hidden, thoughts.head), self.seat.temperature)
             spans = spans.merged(closes, places.ends)
-        student_span = torch.from_numpy(spans.student).to(batch.learn.device)
-        logp = _sums(spans, said)
-        whole, kept = None, torch.from_numpy(np.append(spans.one_to_one, False)).to(student_span.device)  # -1: not
+        student_span, logp = self._with_never(
+            torch.from_numpy(spans.student).to(batch.learn.device), _sums(spans, said), batch, places.told)
+        whole, kept = None, torch.zeros(len(logp) + 1, dtype=torch.bool, device=student_span.device)  # the last: for -1
+        kept[:spans.count] = torch.from_numpy(spans.one_to_one).to(kept.device)
         if signal == "exact":
             student_span = student_span.where(kept[student_span], -1)
         elif signal == "mapped":
@@ -132,8 +147,8 @@ class Member:
         for rollout, paper in read:
             queries += self._aid.queries(rollout, paper, starts[id(rollout)], theirs)
             theirs += len(paper.response_ids)
-        span = torch.from_numpy(places.spans.student).to(batch.learn.device)
-        logp = _sums(places.spans, thoughts.logp(own.targets, self.seat.temperature))
+        span, logp = self._with_never(torch.from_numpy(places.spans.student).to(batch.learn.device), _sums(
+            places.spans, thoughts.logp(own.targets, self.seat.temperature)), batch, places.told)
         facts = places.facts | {"kept": (float((span >= 0).sum()), float(len(span)))}
         whole = None
         if queries:
@@ -143,6 +158,16 @@ class Member:
             span = span.index_fill(0, at, -1)
         return Opinion(name=self.seat.name, weight=weight, facts=self._named(facts), whole=whole,
                        spoken=Spoken(span=span, logp=logp))
+
+    def _with_never(self, span: Tensor, logp: Tensor, batch: Batch, told: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Spans and their log-probs with one more for each special token that the teacher can never say."""
+        pieces, rows = self.view.translator.student.pieces, set(told)
+        tokens = zip(span.tolist(), batch.targets.tolist(), batch.row.tolist(), strict=True)
+        silent = torch.tensor([i for i, (k, t, row) in enumerate(tokens)
+                               if k < 0 and row in rows and (t >= len(pieces) or not pieces[t])],
+                              dtype=torch.int64, device=span.device)
+        return (span.index_copy(0, silent, len(logp) + torch.arange(len(silent), device=span.device)),
+                torch.cat([logp, logp.new_full((len(silent),), self.seat.never)]))
 
     def _named(self, facts: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         return {f"teacher/{self.seat.name}/{name}": fact for name, fact in facts.items()}
@@ -156,6 +181,7 @@ class Places:
     ends: np.ndarray  # (m,) bool, the last span of its answer
     facts: dict[str, tuple[float, float]]
     starts: tuple[int, ...]  # of each paper's rollout: its first learned token among the N
+    told: tuple[int, ...]  # the rows of these rollouts
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], told: Sequence[int], papers: Sequence[Paper], batch: Batch,
@@ -179,7 +205,7 @@ class Places:
         facts = {"lost_bytes": (float(sum(p.lost for p in papers)), total),
                  "unpaired": (float(sum(p.unpaired for p in papers)), float(len(papers)))}
         starts = np.concatenate([[0], np.cumsum(learned)])
-        return cls(joined, np.concatenate(ends), facts, tuple(int(starts[i]) for i in told))
+        return cls(joined, np.concatenate(ends), facts, tuple(int(starts[i]) for i in told), tuple(told))
 
     def partners(self, span: Tensor) -> Tensor:
         """The teacher's token (K,) of each one-to-one span (K,)."""
