@@ -297,7 +297,9 @@ def privileged(study: Teachers, seed: int) -> None:
         "rollout": {"prompts_per_step": 64, "num_generations": 8, "max_completion_length": 96},
         "train": settings(seed, 33, 1e-3, warmup_steps=3, lr_scheduler_type="constant")}
     study.once(f"{world.name}/grpo", "reinforce", grpo, held_out)
-    for name, ema in (("self", 0.0), ("self_ema", 0.9)):
+    eighth = grpo | {"output_dir": str(world / "grpo_eighth"), "rollout": grpo["rollout"] | {"prompts_per_step": 8}}
+    study.once(f"{world.name}/grpo_eighth", "reinforce", eighth, held_out)
+    for name, ema in (("self", 0.0), ("self_start", 1.0)):
         raw = common | {
             "student": {"path": str(world / "cold/final")}, "output_dir": str(world / name),
             "teacher": {"ema": ema, "privilege": {"shows": ["success"], "template": "{prompt}#{knowledge}",
@@ -305,7 +307,7 @@ def privileged(study: Teachers, seed: int) -> None:
             "rollout": {"prompts_per_step": 8, "num_generations": 8, "max_completion_length": 96},
             "eval_data": {"path": str(world / "held_out.jsonl"), "limit": 256},
             "eval": {"max_completion_length": 96}, "eval_kl_problems": 0,
-            "train": settings(seed, BUDGET // 8 // 64, 2e-3, warmup_steps=3, eval_steps=11)}
+            "train": settings(seed, BUDGET // 8 // 64, 1e-3, warmup_steps=3, eval_steps=11)}
         study.once(f"{world.name}/{name}", "distill", raw, held_out)
 
 
@@ -313,7 +315,7 @@ def privileged(study: Teachers, seed: int) -> None:
 
 LEARNER = quickstart.Shape(hidden=40, layers=2, heads=4, ffn=120)
 RATIOS = {"long": {"long": 1}, "short": {"short": 1}, "mixed": {"long": 1, "short": 4}}
-READ = 1_500_000  # tokens of solutions that each model reads
+READ = 600_000  # tokens of solutions that each model reads
 
 
 def mixture_world(study: Teachers, seed: int) -> Path:
@@ -328,7 +330,7 @@ def mixture_world(study: Teachers, seed: int) -> Path:
             write_problems(world / f"{name}.jsonl", problems, solved=True)
         write_problems(world / "held_out.jsonl", signed_sums(LEVEL, "held_out", HELD_OUT, seed), solved=False)
         texts = [m.content for problems in made.values() for p in problems[:1000] for m in (*p.messages, *p.completion)]
-        tokenizer = train_tokenizer(texts, vocab_size=48, alphabet="corpus")
+        tokenizer = train_tokenizer(texts, vocab_size=28, alphabet="corpus")
         save_model(qwen3(tokenizer, LEARNER, seed), tokenizer, world / "init")
     return world
 
