@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from tinyr2.core.config import Config, apply, build, dump, load, nearest, parse_yaml, read
+from tinyr2.core.config import Config, apply, build, dump, lasting, load, nearest, parse_yaml, read
 from tinyr2.core.errors import ConfigError
 
 
@@ -174,3 +174,29 @@ def test_a_dumped_config_has_every_default_and_reads_back_equal(tmp_path):
 def test_nearest_is_silent_where_nothing_is_near():
     assert nearest("learning_rte", ["learning_rate", "seed"]) == "learning_rate"
     assert nearest("zzz", ["learning_rate", "seed"]) is None
+
+
+class Garage(Wheel):
+    passing = frozenset({"spokes"})
+
+
+class Fleet(Config):
+    passing = frozenset({"name"})
+
+    name: str
+    wheel: Wheel = Wheel()
+    best: Garage | None = None
+    more: tuple[Garage, ...] = ()
+
+
+def test_passing_settings_are_left_out_wherever_they_stand():
+    fleet = Fleet(name="n", best=Garage(spokes=1), more=(Garage(spokes=2), Garage(radius=0.1)))
+    assert lasting(fleet, fleet.model_dump(mode="json")) == {
+        "wheel": {"radius": 0.5, "spokes": 8}, "best": {"radius": 0.5}, "more": [{"radius": 0.5}, {"radius": 0.1}]}
+
+
+def test_what_has_another_form_than_the_config_stays_as_it_is():
+    fleet = Fleet(name="n", more=(Garage(),))
+    raw = {"name": 3, "best": {"spokes": 1}, "more": [{"spokes": 1}, {"spokes": 2}], "wheel": None, "extra": [1]}
+    assert lasting(fleet, raw) == {"best": {"spokes": 1}, "more": [{}, {"spokes": 2}], "wheel": None, "extra": [1]}
+    assert lasting(fleet, raw | {"more": []})["more"] == []

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ from tinyr2.train.loop import StepResult
 
 
 class Settings(Config):
+    passing = frozenset({"patience"})
+
     knob: int = 1
+    patience: int = 3
     output_dir: str
 
 
@@ -211,6 +215,27 @@ def test_an_identity_is_that_of_all_settings_but_the_folder():
     first = identity(Settings(output_dir="a"))
     assert identity(Settings(output_dir="b")) == first
     assert identity(Settings(output_dir="a", knob=2)) != first
+
+
+def test_a_run_is_resumed_with_other_passing_settings_which_are_saved(tmp_path):
+    config = Settings(output_dir=str(tmp_path / "run"))
+    for i, now in enumerate((config, config.model_copy(update={"patience": 5}))):
+        with open_run(now, "sft", Console(plain=True, stream=io.StringIO()), total=9, resume=i > 0, overwrite=False):
+            assert identity(now) == identity(config)
+    assert load(Settings, tmp_path / "run/config.resolved.yaml").patience == 5
+    with pytest.raises(RunError, match="knob: 1 before, 2 now"), opened(tmp_path / "run", resume=True, knob=2):
+        pass
+
+
+def test_what_is_told_at_the_end_stands_before_the_end_and_also_where_a_run_breaks_off(tmp_path):
+    for name in ("whole", "broken"):
+        with pytest.raises(ValueError) if name == "broken" else nullcontext(), opened(tmp_path / name) as run:
+            run.at_end(lambda run=run: run.event("told"))
+            if name == "broken":
+                raise ValueError
+            run.finish("finished")
+    assert [e["event"] for e in read_jsonl(tmp_path / "whole/events.jsonl")] == ["told", "ended"]
+    assert [e["event"] for e in read_jsonl(tmp_path / "broken/events.jsonl")] == ["told"]
 
 
 def test_our_warnings_are_told_once_on_the_console_and_others_are_left_to_python(tmp_path):

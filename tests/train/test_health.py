@@ -264,12 +264,12 @@ def test_a_student_that_recovers_within_the_patience_is_not_halted():
     assert [(a.level, a.stop) for a in alarms] == [("warn", False)]
 
 
-def test_the_best_of_the_start_counts_and_is_named_as_such():
+def test_the_best_of_the_start_counts():
     monitor = guarded()
     monitor.note(0, {"eval_pass@1": 0.63})
     (alarm,) = watch(evaluations(0.01), monitor)
     assert alarm.stop and alarm.evidence == "eval_pass@1 0.01, 0.62 below its best, 0.63 at step 0"
-    assert alarm.action.startswith("the model as it began was the best, take that one")
+    assert alarm.action.startswith("the best model so far is in best/, take that one")
 
 
 def test_the_guard_watches_the_metric_that_it_is_told_to():

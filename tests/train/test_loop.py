@@ -116,7 +116,7 @@ def test_evaluations_are_part_of_their_step_and_the_best_is_kept(tmp_path):
                   load_best_model_at_end=True)
     assert run(world.state, world.job) == "finished"
     assert [(r["step"], r["eval_pass@1"]) for r in world.notes.rows if "eval_pass@1" in r] == list(scores.items())
-    assert world.kept == [2]
+    assert world.kept == [0, 2]
     assert world.state.monitor["best"] == {"step": 2, "value": 0.5}
 
 

@@ -14,6 +14,7 @@ from tests.teachers.pieces import (
     C,
     D,
     across,
+    aid,
     answer,
     answers,
     logps,
@@ -23,21 +24,18 @@ from tests.tokens.makers import of_pieces
 from tests.train.judged import learn, member, moved, rows, same
 from tests.train.tiny import ROLLOUTS, VOCAB, qwen3, qwen3_f64
 from tinyr2.models.head import head_of
-from tinyr2.models.pairs import Pairs
-from tinyr2.teachers.boundaries import Boundaries, Order
 from tinyr2.teachers.local import hire
 from tinyr2.teachers.member import Member, Seat
 from tinyr2.teachers.minds import Distant, Resident
 from tinyr2.teachers.panel import Panel
 from tinyr2.teachers.views import View
-from tinyr2.tokens.byte_order import byte_order
 from tinyr2.tokens.translate import Translator
 from tinyr2.train.loss import LossConfig, count, token_distillation, token_divergence
 from tinyr2.train.metrics import score_metrics
 from tinyr2.train.step import Learner, Reading, accumulate
 
 SIGNALS = ("exact", "chunk", "chunk_debiased", "mapped")
-CANONICAL = [answer("ab", AB, CD, END), answer("dd", D, AB, group=1), answer("abcd", C, AB, C, D, END, group=2)]
+CANONICAL = [answer("ab", AB, CD, END), answer("dd", D, AB, group=1), answer("abcd", C, AB, CD, END, group=2)]
 # the spans of `answers` against the teacher's papers, by hand: (student's tokens, teacher's tokens) of each answer
 PAPERS = [((5, 6, 2, 3), (10, 8, 2)), ((8, 8, 2, 3), (10, 8, 2)), ((10, 8, 2, 3), (8, 5, 6))]
 LYING = [[((0, 1), (0,)), ((2,), (1,)), ((3,), (2,))], [((0, 1, 2), (0, 1)), ((3,), (2,))],
@@ -47,11 +45,8 @@ LYING = [[((0, 1), (0,)), ((2,), (1,)), ((3,), (2,))], [((0, 1, 2), (0, 1)), ((3
 def translated(signal, other, model, student, rollouts, budget=1000):
     """A step with one teacher, `model`, who reads through `other`, its tokenizer."""
     translator = Translator(student_tokenizer(), other)
-    orders = [Order(*map(torch.from_numpy, byte_order(side.pieces))) for side in (translator.student,
-                                                                                  translator.teacher)]
     panel = Panel([Member(Seat(name="t", signal=signal), View(translator=translator), Resident(hire(model, VOCAB)),
-                          pairs=Pairs(*map(torch.from_numpy, translator.pairs)),
-                          boundaries=Boundaries(*orders, threshold=0.1))], student=head_of(student, VOCAB))
+                          aid(signal, translator))], student=head_of(student, VOCAB))
     panel.prepare(rollouts, 0.0)
     counts = count(rollouts)
     student.zero_grad()
@@ -69,10 +64,17 @@ def test_the_student_itself_across_the_translation_gives_no_signal_and_no_gradie
     scores, grads = translated(signal, student_tokenizer(), qwen3(), qwen3(), CANONICAL, budget)
     most = 1e-6 if signal == "mapped" else 0.0
     assert abs(scores.loss) <= most and moved(grads) <= most
-    assert scores.facts["teacher/t/kept"] == (10.0, 10.0)
+    assert scores.facts["teacher/t/kept"] == (9.0, 9.0)
     if signal != "mapped":
-        assert scores.teacher_gap.tolist() == [0.0] * 10
-        assert scores.facts["teacher/t/unknown"] == (0.0, 10.0)
+        assert scores.teacher_gap.tolist() == [0.0] * 9
+        assert scores.facts["teacher/t/unknown"] == (0.0, 9.0)
+
+
+@pytest.mark.xfail(strict=True, reason="after a token that longer ones go on from, `marginal` hears those again: of c, "
+                   "once written, it says that d may follow, for cd, which the student had already not written")
+def test_the_student_itself_gives_no_signal_as_a_marginal_distribution():
+    scores, grads = translated("marginal", student_tokenizer(), qwen3(), qwen3(), CANONICAL)
+    assert abs(scores.loss) <= 1e-6 and moved(grads) <= 1e-6
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -86,7 +88,7 @@ def test_the_student_in_another_order_of_ids_gives_no_signal_and_no_gradient(sig
         model.get_input_embeddings().weight.copy_(qwen3().get_input_embeddings().weight[order])
     scores, grads = translated(signal, other, model, qwen3(), CANONICAL)
     assert abs(scores.loss) < 1e-6 and moved(grads) < 1e-6
-    assert scores.facts["teacher/t/kept"] == (10.0, 10.0)
+    assert scores.facts["teacher/t/kept"] == (9.0, 9.0)
     distant = qwen3(seed=3)  # and somebody else gives one
     assert moved(translated(signal, other, distant, qwen3(), CANONICAL)[1]) > 1e-3
 
@@ -189,8 +191,14 @@ def test_one_who_compares_distributions_and_one_who_speaks_add_up():
     joint = learn(both, answers(), budget=9)
     expected = {n: whole[1][n] + spans[1][n] for n in whole[1]}
     same(joint, (whole[0].loss + spans[0].loss, expected), atol=1e-12)
-    kl = score_metrics(joint[0])["kl"]
-    assert kl == pytest.approx(0.5 * score_metrics(whole[0])["kl"] + score_metrics(spans[0])["kl"], abs=1e-9)
+
+
+def test_the_kl_is_that_of_the_loss_where_one_teacher_compares_and_one_speaks():
+    both = [member(2, weight=0.5), member(1, weight=2.0, view=across())]
+    whole, spans = (learn([m], answers()) for m in both)
+    joint = learn(both, answers(), budget=9)
+    theirs = whole[0].loss + score_metrics(spans[0])["kl"]
+    assert score_metrics(joint[0])["kl"] == pytest.approx(theirs, abs=1e-9)
 
 
 @pytest.mark.parametrize("bad", [None, math.nan, -math.inf, math.inf])

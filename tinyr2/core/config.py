@@ -5,10 +5,11 @@ the file, the key, its nearest neighbour and the allowed ones.
 """
 
 import difflib
+import itertools
 import re
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +21,8 @@ class Config(BaseModel):
     """Base of every config: frozen; an unknown key is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    # settings that say how a run is carried out and not what it makes: a resumed run may have others
+    passing: ClassVar[frozenset[str]] = frozenset()
 
 
 T = TypeVar("T", bound=Config)
@@ -103,6 +106,16 @@ def build(model: type[T], raw: dict, where: str) -> T:
 def dump(config: Config) -> str:
     """The resolved config as YAML, every default written out."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def lasting(config: Any, raw: Any) -> Any:
+    """`raw`, which has the form of a dumped `config`, without the settings that `config` calls passing."""
+    if isinstance(config, Config) and isinstance(raw, dict):
+        return {key: lasting(getattr(config, key, None), value) for key, value in raw.items()
+                if key not in config.passing}
+    if isinstance(config, tuple) and isinstance(raw, list):
+        return [lasting(inner, value) for inner, value in itertools.zip_longest(config, raw)][:len(raw)]
+    return raw
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:

@@ -15,6 +15,10 @@ from tinyr2.core.errors import ConfigError
 class NetConfig(Config):
     """How a server is reached, how patiently, and what may be spent on it. Times are seconds."""
 
+    passing = frozenset({
+        "url", "api_key_env", "connect_timeout", "write_timeout", "read_timeout", "pool_timeout", "total_timeout",
+        "max_in_flight", "max_retries", "backoff", "max_backoff", "budget_requests", "budget_tokens"})
+
     url: str
     model: str = Field(min_length=1)  # the name that the server gives it
     api_key_env: str | None = None  # the environment variable that holds the key

@@ -72,6 +72,7 @@ class Writer:
     name: str  # what messages call it
     facts: Mapping[str, str]  # what tells it from another: what it wrote is not gone on with by another one
     open: Callable[[], Write]  # called once, where there is something left to write
+    close: Callable[[Run], None] = lambda run: None  # called once, when the run ends or breaks off
 
 
 def local_writer(model: ModelConfig, choices: DataDistillationConfig, seed: int, device: torch.device) -> Writer:
@@ -101,6 +102,7 @@ def distill_data(told: Told, inputs: Inputs, writer: Writer, console: Console, *
     inputs = replace(inputs, vocab=setup.shared_vocabulary(size, size, inputs.tokenizer))
     with open_run(told, "distill", console, total=told.train.max_steps, resume=resume, overwrite=overwrite,
                   show=partial(_shown, inputs)) as run:
+        run.at_end(partial(writer.close, run))
         written = _write(run, told, inputs, writer, context_length(model.config))
         inputs = replace(inputs, problems=load_problems(DataConfig(path=str(run.folder / DATA))))
         facts = {"config": identity(told), "data": data_fingerprint(inputs.problems),

@@ -14,34 +14,32 @@ from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
 from tinyr2.models.load import ModelConfig, load_model, save_model
 from tinyr2.recipes import setup
-from tinyr2.recipes.data_distillation import distill_data, local_writer
+from tinyr2.recipes.data_distillation import Writer, distill_data, local_writer
 from tinyr2.recipes.distill_config import DistillConfig, TeacherConfig
 from tinyr2.recipes.distillation import Distillation
 from tinyr2.recipes.findings import Finding, ModelFiles, Part, Reader, Setup
 from tinyr2.recipes.hiring import files_of, hire_staff, worse_teachers
 from tinyr2.recipes.inputs import Inputs, checked_inputs
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
+from tinyr2.recipes.serving import ANSWERS, Scribe, meet_servers
 from tinyr2.recipes.sft import read_mixture
 from tinyr2.recipes.show import completions_of
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import load_rewards
 from tinyr2.rollouts.sample import Policy
 from tinyr2.teachers.privileged import privilege_faults
-from tinyr2.teachers.remote import RemoteTeacher
 from tinyr2.tokens.chat import fingerprint, vocabulary_faults
 from tinyr2.train.guard import guarded
 from tinyr2.train.hidden import layer_map
 from tinyr2.train.loop import TrainConfig
 from tinyr2.train.step import Learner
 
-ANSWERS = "answers"  # what servers said, in the run folder
-
 
 def read_setup(config: DistillConfig) -> Setup:
     """Tokenizers, model configs, data and rewards; what cannot be read is a fault in the setup."""
     reader = Reader()
     student = reader.model("student", config.student)
-    teachers = [files for i, t in enumerate(config.staff) if t.ema is None
+    teachers = [files for i, t in enumerate(config.staff) if t.has_files
                 for files in (_teacher_files(reader, t, "teacher" if config.teacher else f"teachers.{i}", student),)]
     rewards = reader.read("rewards", lambda: load_rewards(config.rewards)) or []
     parts = [_trained_on(reader, config, student)]
@@ -103,8 +101,8 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     found = read_setup(config)
     inputs = checked_inputs(found, console)
     if config.method == "data":
-        writer = local_writer(config.staff[0].model, config.data_distillation, config.train.seed,
-                              setup.choose_device(config.device, config.train))
+        _meet_servers(config, found)
+        writer = _writer(config, inputs)
         return distill_data(config, inputs, writer, console, resume=resume, overwrite=overwrite)
     train = guarded_train(config, inputs)
     device = setup.choose_device(config.device, config.train)
@@ -135,6 +133,7 @@ def _carry_out(config: DistillConfig, train: TrainConfig, found: Setup, inputs: 
                   show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
         staff = hire_staff(config, found, inputs, learner, run.folder / ANSWERS)
         try:
+            run.at_end(partial(staff.tell, run))
             work = Distillation(config, inputs, staff, learner, student)
             module, optimizer = staff.pupil(learner.model, config)
             state = setup.restore(run, module, train, _identity(config, inputs), resume, optimizer)
@@ -147,13 +146,15 @@ def _carry_out(config: DistillConfig, train: TrainConfig, found: Setup, inputs: 
 def _meet_servers(config: DistillConfig, found: Setup) -> None:
     """Servers that are not there, or others than configured, are the user's fault: before anything is made."""
     temperature = config.rollout.temperature if config.kd is None else config.kd.temperature
-    for teacher, files in zip(config.staff, files_of(config, found), strict=True):
-        if teacher.server is not None:
-            server = RemoteTeacher(teacher.server, None)
-            try:
-                server.check(files.tokenizer, temperature)
-            finally:
-                server.close()
+    meet_servers(config, files_of(config, found), temperature)
+
+
+def _writer(config: DistillConfig, inputs: Inputs) -> Writer:
+    """Who writes for data distillation."""
+    (teacher,), choices = config.staff, config.data_distillation
+    if teacher.chat is not None:
+        return Scribe(teacher, choices, config.train.seed, inputs, Path(config.output_dir)).writer
+    return local_writer(teacher.model, choices, config.train.seed, setup.choose_device(config.device, config.train))
 
 
 def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Policy, learner: Learner,
@@ -183,7 +184,9 @@ def _solved(policy: Policy, problems: list[Problem], inputs: Inputs, config: Eva
 
 
 def _identity(config: DistillConfig, inputs: Inputs) -> dict[str, str]:
-    teachers = ",".join(setup.model_fingerprint(t.path) if t.path else t.source for t in config.staff)
+    # a server may have moved; its weights are known by its journal
+    teachers = ",".join(setup.model_fingerprint(t.path) if t.path else t.server.model if t.server else t.source
+                        for t in config.staff)
     return {"config": identity(config), "data": data_fingerprint(inputs.problems),
             "eval_data": data_fingerprint(inputs.held_out),
             "tokenizer": fingerprint(inputs.tokenizer), "student": setup.model_fingerprint(config.student.path),

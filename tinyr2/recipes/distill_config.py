@@ -13,6 +13,7 @@ from tinyr2.recipes import setup
 from tinyr2.recipes.answers import check_choices
 from tinyr2.recipes.data_distillation import DataDistillationConfig
 from tinyr2.rewards.grade import RewardConfig
+from tinyr2.rollouts.remote import ChatConfig
 from tinyr2.teachers.privileged import PrivilegeConfig
 from tinyr2.teachers.remote import ServerConfig
 from tinyr2.train.guard import GuardConfig
@@ -25,12 +26,14 @@ Signal = Literal["auto", "exact", "chunk", "chunk_debiased", "mapped", "marginal
 
 
 class TeacherConfig(Config):
-    """One teacher: a model (`path`), a server, or the student itself (`ema`)."""
+    """One teacher: a model (`path`), a server that scores, the student itself (`ema`), or a writer (`chat`)."""
 
     path: str | None = None
     revision: str | None = None
     dtype: HeldDType = "auto"
     server: ServerConfig | None = None
+    tail: Literal["bucket", "none"] = "bucket"  # with server.top_k: what becomes of the tokens that it does not name
+    chat: ChatConfig | None = None  # a server that gives text and nothing else; for method: data
     # the student's own weights: 0 as they are now, 1 as they were at the start, between them a moving average's decay
     ema: float | None = Field(None, ge=0.0, le=1.0)
     name: str | None = None  # in metrics and messages; None: teacher, or teacher0, teacher1, …
@@ -46,10 +49,10 @@ class TeacherConfig(Config):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "TeacherConfig":
-        given = [k for k in ("path", "server", "ema") if getattr(self, k) is not None]
+        given = [k for k in ("path", "server", "ema", "chat") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError("a teacher is a path, a server, or the student itself (ema: 0); give one of the three"
-                             + (f", not {' and '.join(given)}" if given else ""))
+                             + (f", not {' and '.join(given)}" if given else ", or for method: data a chat"))
         if self.server is not None and self.signal in ("mapped", "marginal", "chunk_debiased"):
             raise ValueError(f"signal {self.signal} needs the teacher's whole distribution, which a server does not "
                              "give; take chunk or exact")
@@ -63,7 +66,13 @@ class TeacherConfig(Config):
     @property
     def source(self) -> str:
         """What messages call it."""
-        return self.path or (self.server.url if self.server is not None else "the student itself")
+        served = self.server or self.chat
+        return self.path or (served.url if served is not None else "the student itself")
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there is a tokenizer of its own to read, at least."""
+        return self.path is not None or self.server is not None
 
 
 class PanelConfig(Config):
@@ -160,6 +169,8 @@ class DistillConfig(Config):
     def _judging(self) -> list[tuple[bool, str]]:
         staff, names = self.staff, [t.name for t in self.staff]
         tempered = self.rollout.temperature if self.kd is None else self.kd.temperature
+        key, does = ("rollout.temperature", "samples") if self.kd is None else ("kd.temperature", "compares")
+        lists = any(t.server is not None and t.server.top_k for t in staff)
         tempers = any(t.server is not None and t.server.engine in ("vllm", "sglang") for t in staff)
         return [
             ((self.teacher is None) == (not self.teachers),
@@ -172,8 +183,13 @@ class DistillConfig(Config):
             (self.panel.combine != "sum" and len({t.tasks for t in staff}) > 1,
              f"panel.combine: {self.panel.combine} blends teachers of the same tasks; give all the same, or take sum"),
             (tempers and tempered != 1.0,
-             f"a vLLM or SGLang server gives prompt log-probs at temperature 1 only, and this run samples at "
-             f"{tempered}; set rollout.temperature=1.0, or load the teacher here with path"),
+             f"a vLLM or SGLang server gives prompt log-probs at temperature 1 only, and this run {does} at "
+             f"{tempered}; set {key}=1.0, or load the teacher here with path"),
+            (lists and self.loss.estimator == "sampled",
+             "server.top_k: loss.estimator: sampled reads the sampled tokens alone; set server.top_k to 0, or "
+             "loss.estimator to full"),
+            (lists and self.loss.divergence.kind == "jsd" and any(t.tail == "none" for t in staff),
+             "tail: none has no JSD; set it to bucket, or loss.divergence.kind to reverse_kl or forward_kl"),
             (bool(self.rollout.num_teacher_generations) and (len(staff) > 1 or not any(t.path for t in staff)),
              "rollout.num_teacher_generations: one teacher with a path writes; give exactly that"),
         ]
@@ -181,8 +197,18 @@ class DistillConfig(Config):
     def _other_ways(self) -> list[tuple[bool, str]]:
         staff = self.staff
         plain = len(staff) == 1 and staff[0].path is not None and staff[0].privilege is None
-        data = self.method == "data"
+        data, written = self.method == "data", len(staff) == 1 and staff[0].chat is not None
+        servers = [t.server for t in staff if t.server is not None]
         return [
+            (self.kd is not None and any(s.top_k == 0 for s in servers),
+             "kd compares distributions, and this server gives the log-probs of the data's tokens alone; set "
+             "server.top_k to 20 or so, or load the teacher here with path"),
+            (self.kd is not None and self.kd.by == "entropy" and bool(servers),
+             "kd.by: entropy needs the teacher's whole distribution, which a server does not give; take fixed or "
+             "linear"),
+            (not data and any(t.chat is not None for t in staff),
+             "chat: such a server gives text and nothing else; set method: data with data_distillation, or give a "
+             "server that scores"),
             (self.kd is not None and (self.rollout.lmbda > 0 or self.loss.level == "sequence"),
              "kd has hard labels, which only the data's completions give; set rollout.lmbda=0 and loss.level=token"),
             (self.kd is not None and self.panel.combine == "sum" and len(staff) > 1 and self.kd.by == "entropy",
@@ -190,7 +216,8 @@ class DistillConfig(Config):
             (self.hidden is not None and not plain,
              "hidden compares the layers of one teacher that is loaded here and reads what the student reads; give one "
              "teacher with a path and without privilege"),
-            (data and not plain, "method: data needs one teacher with a path, which writes"),
+            (data and not (plain or written),
+             "method: data needs one teacher that writes: a path, or a chat; and it has no privilege"),
             (data and self.mixture is not None,
              "method: data asks one source of problems; give data, and mix what was written with `tinyr2 sft`"),
             (data != (self.data_distillation is not None),

@@ -69,12 +69,13 @@ class Distillation:
         clock.append(time.perf_counter())
         scores = self._learn(kept, progress)
         clock.append(time.perf_counter())
+        served, net = self.staff.served()
         return StepResult(
             metrics=(score_metrics(scores, self._importance_cap) | completion_metrics(rollouts)
-                     | reward_metrics(rollouts) | teacher_metrics(scores) | self.staff.metrics()),
+                     | reward_metrics(rollouts) | teacher_metrics(scores) | self.staff.metrics() | served),
             num_tokens=sum(len(r.prompt_ids) + len(r.response_ids) for r in kept), rollouts=rollouts, scores=scores,
             seconds={"rollout_s": clock[1] - clock[0], "consult_s": clock[2] - clock[1],
-                     "learn_s": clock[3] - clock[2]})
+                     "learn_s": clock[3] - clock[2], **net})
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out pass@1 where there is a reward, and the reverse KL per token on the student's own answers."""
@@ -87,7 +88,9 @@ class Distillation:
                 written = sample(policy, self.inputs.held_out[:config.eval_kl_problems], n=1, seed=config.eval.seed,
                                  sampling=config.rollout, max_rows=config.rollout.max_rows)
         del policy  # its memory is the learner's now
-        return out | (self._divergence(written) if written else {})
+        out |= self._divergence(written) if written else {}
+        self.staff.served()  # what servers were asked here is no step's
+        return out
 
     @property
     def _importance_cap(self) -> float | None:

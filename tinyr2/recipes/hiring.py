@@ -21,15 +21,16 @@ from tinyr2.recipes import setup
 from tinyr2.recipes.distill_config import DistillConfig, Signal, TeacherConfig
 from tinyr2.recipes.findings import ModelFiles, Setup
 from tinyr2.recipes.inputs import Inputs
+from tinyr2.recipes.run import Run
+from tinyr2.recipes.serving import Served, serve
 from tinyr2.rollouts.sample import Policy
 from tinyr2.teachers.boundaries import Boundaries, Order
 from tinyr2.teachers.local import Teacher, hire
 from tinyr2.teachers.marginal import Marginal
 from tinyr2.teachers.member import Member, Seat
-from tinyr2.teachers.minds import Distant, Mind, Resident, Visitor
+from tinyr2.teachers.minds import Mind, Resident, Visitor
 from tinyr2.teachers.panel import Panel
 from tinyr2.teachers.privileged import Kind, PrivilegeConfig, known, privilege_metrics, privileged_messages
-from tinyr2.teachers.remote import RemoteTeacher
 from tinyr2.teachers.views import View
 from tinyr2.tokens.byte_order import byte_order
 from tinyr2.tokens.prefixes import Prefixes
@@ -97,7 +98,7 @@ class Staff:
     panel: Panel
     averages: tuple[Ema, ...] = ()
     hidden: Layers | None = None
-    servers: tuple[RemoteTeacher, ...] = ()
+    servers: tuple[Served, ...] = ()
     tutoring: tuple[Tutoring, ...] = ()
     writer: Policy | None = None  # the teacher that may write
     shows_states: bool = False  # a member reads the student's states
@@ -121,10 +122,23 @@ class Staff:
         """Of the step that just ended: what privileged teachers were shown."""
         return {name: value for one in self.tutoring for name, value in one.metrics().items()}
 
+    def served(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What servers were asked since the last call: for the metrics, and for the clock; see `Served.step`."""
+        metrics, net = {}, {}
+        for one in self.servers:
+            for into, found in zip((metrics, net), one.step(), strict=True):
+                into |= found
+        return metrics, net
+
+    def tell(self, run: Run) -> None:
+        """What the servers were asked in the whole run, and what became of it."""
+        for one in self.servers:
+            one.tell(run)
+
     def close(self) -> None:
         """Give connections back."""
-        for server in self.servers:
-            server.close()
+        for one in self.servers:
+            one.server.close()
 
 
 def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Learner, journals: Path) -> Staff:
@@ -150,7 +164,7 @@ def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Lea
 def files_of(config: DistillConfig, found: Setup) -> list[ModelFiles | None]:
     """Of each teacher its files; None for the student itself."""
     read = iter(found.teachers)
-    return [None if t.ema is not None else next(read) for t in config.staff]
+    return [next(read) if t.has_files else None for t in config.staff]
 
 
 @dataclass
@@ -162,7 +176,7 @@ class Hiring:
     learner: Learner
     journals: Path
     averages: list[Ema] = field(default_factory=list)
-    servers: list[RemoteTeacher] = field(default_factory=list)
+    servers: list[Served] = field(default_factory=list)
     tutoring: list[Tutoring] = field(default_factory=list)
     loaded: list[Teacher] = field(default_factory=list)
 
@@ -201,11 +215,9 @@ class Hiring:
 
     def _mind(self, teacher: TeacherConfig, files: ModelFiles | None) -> Mind:
         if teacher.server is not None:
-            server = RemoteTeacher(teacher.server, self.journals / f"{teacher.name}.jsonl")
-            server.check(files.tokenizer, self._temperature)
-            self.servers.append(server)
-            return Distant(lambda asked: [s.logp if s.error is None else (None,) * len(response)
-                                          for s, (_, response) in zip(server.score(asked), asked, strict=True)])
+            served, mind = serve(teacher, files, self.inputs, self._temperature, self.journals)
+            self.servers.append(served)
+            return mind
         if teacher.ema is not None:
             return Resident(self._itself(teacher.ema))
         size = max(files.tokenizer.get_vocab().values()) + 1 if files.translated else self.inputs.vocab

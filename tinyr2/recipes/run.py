@@ -41,6 +41,7 @@ class Run:
                  show: Callable[[int, StepResult], list[Completion]] | None):
         self.folder, self.console = folder, console
         self._total, self._show = total, show
+        self._at_end: list[Callable[[], None]] = []
         self._journals = {name: Journal(folder / f"{name}.jsonl") for name in JOURNALS}
 
     @property
@@ -93,8 +94,13 @@ class Run:
         write(tmp)
         replace_folder(tmp, self.folder / name)
 
+    def at_end(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once, before the run notes how it ended, or when it breaks off."""
+        self._at_end.append(tell)
+
     def finish(self, ending: str) -> Path:
         """Note how it ended, and write the report."""
+        self._tell_all()
         self.event("ended", ending=ending)
         self.console.end_progress()
         report = write_report(self.folder)
@@ -103,8 +109,15 @@ class Run:
 
     def close(self) -> None:
         """Give the files back."""
+        self._tell_all()
         for journal in self._journals.values():
             journal.close()
+
+
+    def _tell_all(self) -> None:
+        tells, self._at_end = self._at_end, []
+        for tell in tells:
+            tell()
 
 
 def refuse_taken(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -134,8 +147,10 @@ def refuse_own_input(folder: Path, inputs: Sequence[str]) -> None:
 
 
 def refuse_changed(folder: Path, config: Config) -> None:
-    """RunError that names every setting in which `config` differs from what the run was started with."""
-    changed = changed_settings(configs.read(folder / CONFIG), config.model_dump(mode="json"))
+    """RunError that names every lasting setting in which `config` differs from what the run was started with."""
+    before, now = (configs.lasting(config, raw) for raw in (configs.read(folder / CONFIG),
+                                                            config.model_dump(mode="json")))
+    changed = changed_settings(before, now)
     if changed:
         raise RunError(f"{folder}: resumed with another config: {'; '.join(changed)}. Resume with the settings it was "
                        "started with (tinyr2 runs resume reads them), or start a new run in another output_dir")
@@ -182,7 +197,7 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
     with single_writer(folder):
         if overwrite:
             clear_run(folder)
-        if not resume:
+        if not resume or changed_settings(configs.read(folder / CONFIG), config.model_dump(mode="json")):
             write_atomic(folder / CONFIG, configs.dump(config))  # first: with it alone the run can be resumed
         if not resume or not (folder / ENV).is_file():
             write_env(folder, verb)
@@ -198,8 +213,8 @@ def open_run(config: Config, verb: str, console: Console, *, total: int, resume:
 
 
 def identity(config: Config) -> str:
-    """Hash of all settings but where the run is written."""
-    raw = config.model_dump(mode="json")
+    """Hash of all lasting settings but where the run is written."""
+    raw = configs.lasting(config, config.model_dump(mode="json"))
     raw.pop("output_dir")
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:16]
 

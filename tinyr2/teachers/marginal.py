@@ -3,16 +3,27 @@
 In: a teacher's states at its own tokens, and where these lie in the student's answers. Out: for the student's tokens,
 one by one, the likeliest next tokens of the student's vocabulary in the teacher's eyes, and a tail.
 
-A teacher that writes "03" as one token has, after "=", an opinion of the student's "0": that of all its tokens that
-begin with "0". And once the student has written "0", of its "3": those that go on with "3", among those that begin with
-"0". So a student's token has the probability of all that the teacher's token in progress may become. Where that token
-may also be complete (probability rho), what it would say next counts for rho. Nothing else is approximated than the
-teacher's earlier cuts, which are those that its tokenizer makes; after Phan et al. 2024 (arXiv 2410.09303) and Vieira et
-al. 2024 (arXiv 2412.03719), who take more of these into account.
+A teacher that writes "03" as one token has, after "=", an opinion of the student's "0": that of all its tokens that the
+student writes with "0" first. And once the student has written "0", of its "3": those that it writes with "0" and "3",
+among those with "0". Where the teacher's token in progress may also be complete (probability rho), what it says next
+counts for rho. After Phan et al. 2024 (arXiv 2410.09303) and Vieira et al. 2024 (arXiv 2412.03719), who look at bytes,
+and at more than one token in progress.
+
+Exact: the probability of the student's next token when the teacher's next token is drawn after its cuts of the text
+so far, and written by the student's tokenizer. A longer token in place of the one in progress counts where the student
+would have written it with the same tokens so far: with one tokenizer for both none does, and the answer is the
+teacher's own distribution; with a student of single characters all do. Approximate:
+- the teacher's tokens before the one in progress are those that its tokenizer makes;
+- inside of a token, what would come if it were complete is not known: rho is the tail's;
+- each of the teacher's tokens is written by itself: a student's token never reaches beyond it, so that a student whose
+  tokens are the longer ones is told of their beginnings. Where it wrote such a token, nothing is asked;
+- after a cut that the student's tokenizer would not make, little or nothing is known until the teacher's token ends;
+- what the student cannot write is left out, and the rest stands for the whole.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,24 +32,19 @@ from torch import Tensor
 from tinyr2.core.types import Rollout
 from tinyr2.models.head import Head, TopK, logits_of
 from tinyr2.teachers.views import Paper
-from tinyr2.tokens.prefixes import Prefixes
+from tinyr2.tokens.prefixes import LOST, Prefixes
 
 _LISTED = 64  # tokens that a list names at most
-_ELEMENTS = 2**22  # probabilities that are held at once
+_HELD = 2**24  # numbers of 4 bytes that are held at once
 
 
-@dataclass(frozen=True)
-class Query:
-    """One student's token, and the teacher's states that speak of it.
-
-    inside: the teacher's token in progress, and how much of it has been read; before a cut, the whole of it
-    fresh: the teacher's token that begins here, if one does
-    """
+class Query(NamedTuple):
+    """One student's token, and the teacher's states that speak of it."""
 
     token: int  # of the N learned ones
-    inside: int | None
-    read: bytes
-    fresh: int | None
+    inside: int | None  # the teacher's token in progress; before a cut, the one that ends there
+    path: tuple[int, ...]  # the student's tokens of it, so far
+    fresh: int | None  # the teacher's token that begins here, if one does
 
 
 @dataclass(frozen=True)
@@ -53,90 +59,149 @@ class Marginal:
     def queries(self, rollout: Rollout, paper: Paper, first: int, teacher_first: int) -> Iterator[Query]:
         """What can be asked of one answer, whose tokens begin at `first` and `teacher_first` in their packs.
 
-        A span of several teacher's tokens is cut by the student's in other places: nothing is asked inside of it.
+        A student's token without a counterpart is asked for too: what the teacher says next belongs in its place.
         """
-        spans, count = paper.spans, paper.spans.count
-        ours = [np.flatnonzero(spans.student == k) for k in range(count)]
-        theirs = [np.flatnonzero(spans.teacher == k) for k in range(count)]
+        ids, said, written = rollout.response_ids, paper.response_ids, self.prefixes.written
+        begins, whole = self._spans(rollout, paper)
         place = self._places(rollout, first)
-        silent: list[int] = []  # the student's tokens without a counterpart, before the next cut
-        following = {int(tokens[0]): k for k, tokens in enumerate(ours)}
-        for i in range(len(spans.student)):
-            k = following.get(i)
-            if spans.student[i] < 0 and not self._piece(rollout.response_ids[i]):
-                silent.append(i)
-            if k is None:
+        silent, last, path = [], -1, ()
+        for i, k in enumerate(paper.spans.student.tolist()):
+            if k < 0:
+                if self._piece(ids[i]):  # lost bytes: the teacher did not read what was said before the next span
+                    silent, last = [], -1
+                else:
+                    silent.append(i)
                 continue
-            fresh = int(theirs[k][0])
-            before = fresh - 1 if fresh and self.teacher_pieces[paper.response_ids[fresh - 1]] else None
-            said = b"" if before is None else self.teacher_pieces[paper.response_ids[before]]
-            covered = len(theirs[k]) == 1 and self._fit(rollout, ours[k], paper.response_ids[fresh])
-            for token in (*silent, *([i] if covered else [])):
+            if k == last:
+                states = teacher_first + begins[k], path, None
+            else:
+                # where the student did not write the token before as it would have to, that token is taken as complete
+                before = begins[k] - 1
+                known = last >= 0 and whole[last] and begins[last] == before and written[said[before]] == path
+                states = teacher_first + before if known else None, path if known else (), teacher_first + begins[k]
+                path = ()
+            for token in (*silent, i) if whole[k] else silent if k != last else ():
                 if place[token] >= 0:
-                    yield Query(place[token], None if before is None else teacher_first + before, said,
-                                teacher_first + fresh)
-            silent = []
-            read = self._piece(rollout.response_ids[i])
-            for token in ours[k][1:] if covered else ():
-                if place[token] >= 0:
-                    yield Query(place[token], teacher_first + fresh, read, None)
-                read += self._piece(rollout.response_ids[token])
+                    yield Query(place[token], *states)
+            silent, last, path = [], k, (*path, ids[i])
 
-    def _places(self, rollout: Rollout, first: int) -> np.ndarray:
+    def _spans(self, rollout: Rollout, paper: Paper) -> tuple[list[int], list[bool]]:
+        """(m,) the teacher's first token of each span; (m,) whether it is the only one, and what the student wrote."""
+        inside = (paper.spans.teacher >= 0).nonzero()[0]
+        _, at, sizes = np.unique(paper.spans.teacher[inside], return_index=True, return_counts=True)
+        begins = inside[at].tolist()
+        ours: list[list[int]] = [[] for _ in begins]
+        for k, token in zip(paper.spans.student.tolist(), rollout.response_ids, strict=True):
+            if k >= 0:
+                ours[k].append(token)
+        return begins, [size == 1 and self._says(mine, paper.response_ids[t])
+                        for mine, t, size in zip(ours, begins, sizes.tolist(), strict=True)]
+
+    def _says(self, student: Sequence[int], teacher: int) -> bool:
+        """Whether tokens of the student's are one of the teacher's: the same text, or the same role.
+
+        The first token of an answer need not be, where its space is no text.
+        """
+        written, piece = self.prefixes.written[teacher], self.teacher_pieces[teacher]
+        if not written or written == tuple(student):
+            return bool(written)
+        return len(student) == 1 if not piece else b"".join(map(self._piece, student)) == piece
+
+    def _places(self, rollout: Rollout, first: int) -> list[int]:
         """Where each response token is among the learned ones of the pack; -1: it is not learned."""
         n = len(rollout.response_ids)
-        learned = np.ones(n, dtype=bool) if rollout.learn_mask is None else np.array(rollout.learn_mask)
-        return np.where(learned, first + np.cumsum(learned) - 1, -1)
+        learned = np.ones(n, dtype=bool) if rollout.learn_mask is None else np.array(rollout.learn_mask, dtype=bool)
+        return np.where(learned, first + np.cumsum(learned) - 1, -1).tolist()
 
     def _piece(self, token: int) -> bytes:
         return self.student_pieces[token] if token < len(self.student_pieces) else b""
 
-    def _fit(self, rollout: Rollout, tokens: np.ndarray, teacher: int) -> bool:
-        """Whether the student's tokens of a span spell the teacher's one; a role's need not."""
-        return len(tokens) == 1 or b"".join(
-            self._piece(rollout.response_ids[t]) for t in tokens) == self.teacher_pieces[teacher]
-
     @torch.no_grad()
     def lists(self, queries: Sequence[Query], hidden: Tensor, head: Head, temperature: float) -> TopK:
-        """The answers (K, k) to K queries; hidden (N_t, D): the states that predict the teacher's tokens."""
-        step = max(1, _ELEMENTS // (2 * len(head.weight) + self.vocab))
-        k = min(_LISTED, self.vocab)
-        parts = [self._some(queries[i:i + step], hidden, head, temperature).topk(k)
-                 for i in range(0, len(queries), step)]
-        prob, ids = torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-        return TopK(ids=ids, logp=prob.log())
+        """The answers (K, k) to K > 0 queries; hidden (N_t, D): the states that predict the teacher's tokens."""
+        tree = _Tree.of(self.prefixes, self.vocab, hidden.device)
+        asked = _Asked.of(queries, self.prefixes)
+        parts = []
+        for part in asked.parts(len(head.weight), self.vocab):
+            wanted = np.unique(part.states[part.states >= 0])
+            logits = logits_of(hidden[torch.from_numpy(wanted).to(hidden.device)], head)
+            prob = torch.softmax(logits.div_(temperature), -1)
+            parts.append(tree.answers(part, np.searchsorted(wanted, part.states), prob).topk(min(_LISTED, self.vocab)))
+        return TopK(ids=torch.cat([p.indices for p in parts]), logp=torch.cat([p.values for p in parts]).log())
 
-    def _some(self, queries: Sequence[Query], hidden: Tensor, head: Head, temperature: float) -> Tensor:
-        """(n, V) the probabilities of the student's next tokens; what is left to 1 goes to none of them."""
-        wanted = sorted({s for q in queries for s in (q.inside, q.fresh) if s is not None})
-        row = {s: i for i, s in enumerate(wanted)}
-        prob = torch.softmax(logits_of(hidden[wanted], head) / temperature, -1)
-        out = prob.new_zeros(len(queries), self.vocab)
-        rho = prob.new_ones(len(queries))  # of a fresh token: the chance that the one before is complete
-        groups: dict[bytes, list[int]] = {}
-        for i, q in enumerate(queries):
-            if q.inside is not None:
-                groups.setdefault(q.read, []).append(i)
-        for read, members in groups.items():
-            at = torch.tensor(members, device=prob.device)
-            seen = prob[torch.tensor([row[queries[i].inside] for i in members], device=prob.device)]
-            rho[at] = self._add(out, at, seen, read, 1.0)
-        begins = [i for i, q in enumerate(queries) if q.fresh is not None]
-        if begins:
-            at = torch.tensor(begins, device=prob.device)
-            seen = prob[torch.tensor([row[queries[i].fresh] for i in begins], device=prob.device)]
-            self._add(out, at, seen, b"", rho[at][:, None])
+
+@dataclass(frozen=True)
+class _Asked:
+    """n queries as arrays."""
+
+    states: np.ndarray  # (n, 2) int64, inside and fresh; -1: none
+    stretch: np.ndarray  # (n, 2) int64, what the token in progress may be: places [start, stop) in `Prefixes.order`
+    depth: np.ndarray  # (n,) int64, the student's tokens of it
+
+    @classmethod
+    def of(cls, queries: Sequence[Query], prefixes: Prefixes) -> "_Asked":
+        states = [(-1 if q.inside is None else q.inside, -1 if q.fresh is None else q.fresh) for q in queries]
+        stretch = [(0, 0) if q.inside is None else prefixes.stretch(q.path) for q in queries]
+        return cls(np.array(states), np.array(stretch), np.array([len(q.path) for q in queries]))
+
+    def parts(self, teacher_vocab: int, vocab: int) -> Iterator["_Asked"]:
+        """Runs of queries that hold about `_HELD` numbers each."""
+        new = np.diff(self.states.max(-1), prepend=-1) > 0
+        # logits, probabilities and a copy of each new state; sums of each query; indices, of 8 bytes, of each stretch
+        cost = np.cumsum(3 * teacher_vocab * new + 3 * vocab + 12 * (self.stretch[:, 1] - self.stretch[:, 0]))
+        cuts = np.flatnonzero(np.diff(cost // _HELD)) + 1
+        for start, stop in zip([0, *cuts], [*cuts, len(cost)], strict=True):
+            yield _Asked(self.states[start:stop], self.stretch[start:stop], self.depth[start:stop])
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """`Prefixes` on a device."""
+
+    vocab: int
+    order: Tensor
+    tokens: Tensor
+    begins: Tensor
+    first: Tensor  # (V_t,) the column of each token's first one; `vocab` where it has none
+
+    @classmethod
+    def of(cls, prefixes: Prefixes, vocab: int, device: torch.device) -> "_Tree":
+        first = np.where(prefixes.first == LOST, vocab, prefixes.first)
+        assert int(first.max(initial=0)) <= vocab, f"token {int(first.max())} of a student's head with {vocab}"
+        return cls(vocab, *(torch.from_numpy(x).to(device) for x in (
+            prefixes.order, prefixes.tokens, prefixes.begins, first)))
+
+    def answers(self, asked: _Asked, rows: np.ndarray, prob: Tensor) -> Tensor:
+        """(n, V) the probabilities of the student's next tokens; what is left to 1 is unknown.
+
+        rows (n, 2): which of the teacher's distributions prob (m, V_t) a query's states are
+        """
+        out, rho = self._going_on(asked, torch.from_numpy(rows[:, 0]).to(prob.device), prob)
+        begins = asked.states[:, 1] >= 0
+        at, row = (torch.from_numpy(x).to(prob.device) for x in (begins.nonzero()[0], rows[begins, 1]))
+        out[at] += self._beginning(prob)[row] * rho[at]
         return out
 
-    def _add(self, out: Tensor, at: Tensor, seen: Tensor, read: bytes, share: Tensor | float) -> Tensor:
-        """Add to out[at] what the distributions seen (n, V_t) say after `read`; (n,) the chance that no more comes."""
-        found = self.prefixes.after(read)
-        ids, firsts, ended = (torch.from_numpy(x).to(seen.device) for x in (found.ids, found.firsts, found.ended))
-        going = seen[:, ids]
-        complete = seen[:, ended].sum(-1)
-        total = (going.sum(-1) + complete).clamp_min(torch.finfo(seen.dtype).tiny)[:, None]
-        total = total if read else torch.ones_like(total)  # of anything, what has no counterpart is the tail's
-        named = firsts >= 0
-        said = out.new_zeros(len(at), self.vocab).index_add_(1, firsts[named], going[:, named] / total * share)
-        out[at] += said
-        return complete / total[:, 0]
+    def _going_on(self, asked: _Asked, row: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
+        """((n, V) what the tokens in progress go on with, (n, 1) rho; 1 where there is none)."""
+        n, columns = len(row), self.vocab + 2
+        sizes, total = asked.stretch[:, 1] - asked.stretch[:, 0], int(np.diff(asked.stretch).sum())
+        size, depth = (torch.from_numpy(x).to(prob.device) for x in (sizes, asked.depth))
+        shift = torch.from_numpy(asked.stretch[:, 1] - np.cumsum(sizes)).to(prob.device)
+        query = torch.repeat_interleave(torch.arange(n, device=prob.device), size, output_size=total)
+        place = torch.arange(total, device=prob.device) + shift[query]
+        # END and LOST are the last two columns, as in a list
+        column = self.tokens[self.begins[place] + depth[query]].remainder(columns)
+        flat = prob.new_zeros(n * columns)
+        flat.index_add_(0, query * columns + column, prob[row[query], self.order[place]])
+        out = flat.view(n, columns)
+        out[:, LOST] = 0
+        out /= out.sum(-1, keepdim=True).clamp_min(torch.finfo(prob.dtype).tiny)
+        inside = torch.from_numpy(asked.states[:, :1] >= 0).to(prob.device)
+        return out[:, :self.vocab], torch.where(inside, out[:, -1:], 1.0)
+
+    def _beginning(self, prob: Tensor) -> Tensor:
+        """(m, V) what the teacher's next tokens begin with."""
+        out = prob.new_zeros(self.vocab + 1, len(prob)).index_add_(
+            0, self.first, prob[:, :len(self.first)].t())[:self.vocab].t()
+        return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(prob.dtype).tiny)

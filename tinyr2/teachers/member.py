@@ -36,6 +36,7 @@ class Seat:
     signal: Signal = "chunk"  # what it says across vocabularies
     speaks: bool = False  # in one vocabulary too: log-probs of the sampled tokens instead of distributions
     temperature: float = 1.0
+    alone: bool = False  # it stays beside a blend of the others
     # nats, of a special token of the student's that the teacher has no counterpart for, and so can never say; without
     # it a student that is told off for its text escapes to such tokens, of which nothing would be said
     never: float = -20.0
@@ -59,12 +60,12 @@ class Member:
 
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Before a step's micro-batches: write the papers, and let the mind see all of them."""
-        self._papers = {}
+        self._papers, own = {}, [r for r in rollouts if self.seat.judges(r)]
         if self.view.plain:
-            self.mind.visit([r for r in rollouts if self.seat.judges(r)])
+            self.mind.visit(own)
             return
-        for r, paper in zip(rollouts, self.view.papers(rollouts), strict=True):
-            if paper is not None and self.seat.judges(r):
+        for r, paper in zip(own, self.view.papers(own), strict=True):
+            if paper is not None:
                 self._papers[id(r)] = (paper, as_rollout(r, paper))
         self.mind.visit([read for _, read in self._papers.values()])
 
@@ -124,20 +125,31 @@ class Member:
                                       (thoughts.hidden, thoughts.head), self.seat.temperature)
             spans = spans.merged(closes, places.ends)
         student_span, logp = self._with_never(
-            torch.from_numpy(spans.student).to(batch.learn.device), _sums(spans, said), batch, places.told)
+            torch.from_numpy(spans.student).to(batch.learn.device), _sums(spans, said), batch, places)
         whole, kept = None, torch.zeros(len(logp) + 1, dtype=torch.bool, device=student_span.device)  # the last: for -1
         kept[:spans.count] = torch.from_numpy(spans.one_to_one).to(kept.device)
         if signal == "exact":
             student_span = student_span.where(kept[student_span], -1)
         elif signal == "mapped":
             at = kept[student_span].nonzero()[:, 0]
-            whole = Whole(hidden=thoughts.hidden[places.partners(student_span[at])], head=thoughts.head, at=at,
+            theirs = places.partners(student_span[at])
+            # one to one, and yet other bytes: a first word with the space that the teacher's tokenizer puts before it
+            alike = self._partner(batch.targets[at]) == own.targets[theirs]
+            at, theirs = at[alike], theirs[alike]
+            whole = Whole(hidden=thoughts.hidden[theirs], head=thoughts.head, at=at,
                           pairs=self._aid) if len(at) else None
             student_span = student_span.index_fill(0, at, -1)
         facts = places.facts | {"kept": (float((student_span >= 0).sum()) + (len(whole.at) if whole else 0),
                                          float(len(batch.learn)))}
         return Opinion(name=self.seat.name, weight=weight, facts=self._named(facts), whole=whole,
                        spoken=Spoken(span=student_span, logp=logp))
+
+    def _partner(self, tokens: Tensor) -> Tensor:
+        """The teacher's token of the same bytes (K,), for the student's (K,); -1: it has none."""
+        size = int(torch.cat([tokens, self._aid.student]).max()) + 1
+        partner = torch.full((size,), -1, dtype=torch.int64, device=tokens.device)
+        partner[self._aid.student] = self._aid.teacher
+        return partner[tokens]
 
     def _marginal(self, read: Sequence[tuple[Rollout, Paper]], places: "Places", batch: Batch, own: Batch,
                   thoughts: Thoughts, weight: float) -> Opinion:
@@ -148,7 +160,7 @@ class Member:
             queries += self._aid.queries(rollout, paper, starts[id(rollout)], theirs)
             theirs += len(paper.response_ids)
         span, logp = self._with_never(torch.from_numpy(places.spans.student).to(batch.learn.device), _sums(
-            places.spans, thoughts.logp(own.targets, self.seat.temperature)), batch, places.told)
+            places.spans, thoughts.logp(own.targets, self.seat.temperature)), batch, places)
         facts = places.facts | {"kept": (float((span >= 0).sum()), float(len(span)))}
         whole = None
         if queries:
@@ -159,12 +171,12 @@ class Member:
         return Opinion(name=self.seat.name, weight=weight, facts=self._named(facts), whole=whole,
                        spoken=Spoken(span=span, logp=logp))
 
-    def _with_never(self, span: Tensor, logp: Tensor, batch: Batch, told: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _with_never(self, span: Tensor, logp: Tensor, batch: Batch, places: "Places") -> tuple[Tensor, Tensor]:
         """Spans and their log-probs with one more for each special token that the teacher can never say."""
-        pieces, rows = self.view.translator.student.pieces, set(told)
-        tokens = zip(span.tolist(), batch.targets.tolist(), batch.row.tolist(), strict=True)
-        silent = torch.tensor([i for i, (k, t, row) in enumerate(tokens)
-                               if k < 0 and row in rows and (t >= len(pieces) or not pieces[t])],
+        pieces = self.view.translator.student.pieces
+        tokens = zip(span.tolist(), batch.targets.tolist(), places.read.tolist(), strict=True)
+        silent = torch.tensor([i for i, (k, t, read) in enumerate(tokens)
+                               if k < 0 and read and (t >= len(pieces) or not pieces[t])],
                               dtype=torch.int64, device=span.device)
         return (span.index_copy(0, silent, len(logp) + torch.arange(len(silent), device=span.device)),
                 torch.cat([logp, logp.new_full((len(silent),), self.seat.never)]))
@@ -181,22 +193,26 @@ class Places:
     ends: np.ndarray  # (m,) bool, the last span of its answer
     facts: dict[str, tuple[float, float]]
     starts: tuple[int, ...]  # of each paper's rollout: its first learned token among the N
-    told: tuple[int, ...]  # the rows of these rollouts
+    read: np.ndarray  # (N,) bool, tokens of these rollouts, without those that a teacher's prompt has already
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], told: Sequence[int], papers: Sequence[Paper], batch: Batch,
            own: Batch) -> "Places":
         """papers: of the rollouts `told`, in this order"""
         learned, student, teacher, ends, sealed, count = batch.learned, [], [], [], [], 0
+        read = []
         found = dict(zip(told, papers, strict=True))
         for i, r in enumerate(rollouts):
             if i not in found:
                 student.append(np.full(learned[i], -1))
+                read.append(np.zeros(learned[i], dtype=bool))
                 continue
+            fresh = np.arange(len(r.response_ids)) >= found[i].opened
+            read.append(fresh if r.learn_mask is None else fresh[np.array(r.learn_mask)])
             spans = found[i].spans
-            mine = spans.student if r.learn_mask is None else spans.student[np.array(r.learn_mask)]
+            mine, theirs = _learned(spans, r)
             student.append(np.where(mine < 0, -1, mine + count))
-            teacher.append(np.where(spans.teacher < 0, -1, spans.teacher + count))
+            teacher.append(np.where(theirs < 0, -1, theirs + count))
             ends.append(np.arange(spans.count) == spans.count - 1)
             sealed.append(np.zeros(spans.count, dtype=bool) if spans.sealed is None else spans.sealed)
             count += spans.count
@@ -205,7 +221,8 @@ class Places:
         facts = {"lost_bytes": (float(sum(p.lost for p in papers)), total),
                  "unpaired": (float(sum(p.unpaired for p in papers)), float(len(papers)))}
         starts = np.concatenate([[0], np.cumsum(learned)])
-        return cls(joined, np.concatenate(ends), facts, tuple(int(starts[i]) for i in told), tuple(told))
+        return cls(joined, np.concatenate(ends), facts, tuple(int(starts[i]) for i in told),
+                   np.concatenate(read))
 
     def partners(self, span: Tensor) -> Tensor:
         """The teacher's token (K,) of each one-to-one span (K,)."""
@@ -213,6 +230,16 @@ class Places:
         inside = self.spans.teacher >= 0
         first[self.spans.teacher[inside]] = inside.nonzero()[0]
         return torch.from_numpy(first).to(span.device)[span]
+
+
+def _learned(spans: Spans, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """The span of each learned token, and of each of the teacher's; one with a token that is not learned is none."""
+    if rollout.learn_mask is None:
+        return spans.student, spans.teacher
+    mask = np.array(rollout.learn_mask)
+    whole = np.ones(spans.count + 1, dtype=bool)
+    whole[spans.student[~mask]] = False  # -1 is the last
+    return (np.where(whole[spans.student], spans.student, -1)[mask], np.where(whole[spans.teacher], spans.teacher, -1))
 
 
 def _sums(spans: Spans, logp: Tensor) -> Tensor:

@@ -41,7 +41,11 @@ class Panel:
             if weight > 0:
                 found.append(member.opinion(rollouts, batch, states, self._student, weight))
         said = [o for o in found if o is not None]
-        return said if self._combine == "sum" or len(said) < 2 else [_blended(said, self._combine)]
+        if self._combine == "sum":
+            return said
+        alone = {m.seat.name for m in self.members if m.seat.alone}
+        blended = [o for o in said if o.name not in alone]
+        return [*([_blended(blended, self._combine)] if blended else []), *(o for o in said if o.name in alone)]
 
     def company(self, rollout: Rollout) -> Hashable:
         """Who judges this rollout: those with other judges travel in other micro-batches."""
@@ -49,7 +53,9 @@ class Panel:
 
 
 def _blended(opinions: Sequence[Opinion], how: Literal["average", "product"]) -> Opinion:
-    """One opinion of several that compare the same tokens in one vocabulary; it counts as much as their mean."""
+    """One opinion of several that compare the same tokens in one vocabulary; it counts once, whatever the weights."""
+    if len(opinions) == 1:
+        return replace(opinions[0], weight=1.0)
     assert all(o.whole is not None and o.whole.pairs is None for o in opinions), "a blend is of whole distributions"
     places = [o.whole.at for o in opinions]
     assert all(p is None for p in places) or all(

@@ -28,6 +28,7 @@ class Paper:
     bytes: int = 0  # of the student's text, where there are spans
     lost: int = 0  # of these, what the teacher's tokenizer cannot spell
     unpaired: int = 0  # the student's special tokens that the teacher has no counterpart for
+    opened: int = 0  # of these, the first ones: they open a thought that the teacher's prompt has opened already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class View:
             found = self.translator.translate_all([(messages[i], rollouts[i]) for i in told])
             for i, t in zip(told, found, strict=True):
                 out[i] = Paper(prompt_ids=t.prompt_ids, response_ids=t.response_ids, spans=t.spans, bytes=t.bytes,
-                               lost=sum(b - a for a, b in t.lost), unpaired=t.unpaired)
+                               lost=sum(b - a for a, b in t.lost), unpaired=t.unpaired, opened=t.opened)
         else:
             for i in told:
                 prompt = (rollouts[i].prompt_ids if self.tokenizer is None

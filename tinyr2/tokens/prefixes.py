@@ -1,71 +1,75 @@
-"""How the tokens of one vocabulary go on in another: what a teacher's next token says of a student's.
+"""A teacher's vocabulary as the student would write it: what a teacher's next token says of a student's.
 
-In: the pieces of two vocabularies as bytes, and ids that stand for the same role. Out: after any bytes of a token that
-are read already, the teacher's tokens that go on from there, and the student's token that each of them begins with.
-Integers and bytes alone.
+In: the pieces of two vocabularies as bytes, ids that stand for the same role, and the student's tokenizer. Out: each of
+the teacher's tokens as tokens of the student's, and all of them in the order of these, so that those that begin with
+the same tokens lie side by side. Integers and bytes alone.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tinyr2.tokens.byte_order import byte_order
+from tinyr2.tokens.spelling import Spelling
 
-
-@dataclass(frozen=True)
-class Continuations:
-    """After some bytes of a token: its k possible endings.
-
-    After "1", of a vocabulary with "1", "12", "123" and "2": tokens "12" and "123", both begin with the student's "2".
-    """
-
-    ids: np.ndarray  # (k,) int64, the teacher's tokens that are longer than these bytes
-    firsts: np.ndarray  # (k,) int64, the student's token that the rest begins with; -1: it has none
-    ended: np.ndarray  # (e,) int64, the teacher's tokens that are exactly these bytes
+END, LOST = -1, -2  # after a writing's last token: nothing is left of the piece; what is left cannot be written
 
 
 class Prefixes:
-    """The teacher's vocabulary, as a tree of bytes, over the student's."""
+    """The teacher's tokens, by how the student writes them.
 
-    def __init__(self, student: Mapping[bytes, int], teacher: Sequence[bytes], roles: Mapping[int, int]):
+    Of "1", "12", "123" and "2" for a student with "1", "2", "3" and "23": 1 END, 1 2 END, 1 23 END, 2 END. After its
+    "1", the teacher's token may end (it was "1"), or go on with the student's "2" ("12") or "23" ("123").
+    """
+
+    written: tuple[tuple[int, ...], ...]  # (V_t) by the teacher's id; () for what the student cannot begin
+    first: np.ndarray  # (V_t,) int64, the first token of each writing; LOST where it has none
+    order: np.ndarray  # (n,) int64, the teacher's tokens that have a writing, in the order of these
+    tokens: np.ndarray  # int64, their writings end to end, each with its END or LOST
+    begins: np.ndarray  # (n,) int64, where in `tokens` each one begins
+
+    def __init__(self, student: Mapping[bytes, int], teacher: Sequence[bytes], roles: Mapping[int, int],
+                 writer: Spelling | None = None):
         """student: the id of each byte string    teacher: its pieces by id, b"" for what is no text
-        roles: the teacher's ids to the student's, of tokens that stand for the same without being text
+        roles: the teacher's ids to the student's, of tokens that stand for the same without being text on both sides
+        writer: the student's tokenizer; without it, and for what it cannot write by itself (WordPiece a word's space),
+        the longest token that fits is taken, one after another
         """
-        self._student, self._teacher, self._roles = student, teacher, roles
-        self._longest = max(map(len, student), default=0)
-        self._order, self._from, self._to = byte_order(teacher)
-        self._of_bytes: dict[bytes, list[int]] = {}
-        for i, piece in enumerate(teacher):
-            if piece:
-                self._of_bytes.setdefault(piece, []).append(i)
-        self._known: dict[bytes, Continuations] = {}
+        texts = [i for i, piece in enumerate(teacher) if piece and i not in roles]
+        written: list[tuple[int, ...]] = [()] * len(teacher)
+        for i, tokens in zip(texts, _written(student, [teacher[i] for i in texts], writer), strict=True):
+            written[i] = tokens if tokens != (LOST,) else ()
+        for i, token in roles.items():
+            written[i] = (token,)
+        self.written = tuple(written)
+        self.first = np.array([w[0] if w else LOST for w in self.written], dtype=np.int64)
+        order = sorted((i for i, w in enumerate(self.written) if w), key=self.written.__getitem__)
+        self._keys = [self.written[i] for i in order]
+        self.order = np.array(order, dtype=np.int64)
+        closed = [w if w[-1] == LOST else (*w, END) for w in self._keys]
+        self.tokens = np.fromiter((t for w in closed for t in w), np.int64)
+        self.begins = np.cumsum([0, *map(len, closed)])[:-1]
 
-    def after(self, read: bytes) -> Continuations:
-        """The continuations once `read` has been read of a token; of b"", all tokens and roles."""
-        if read not in self._known:
-            self._known[read] = self._anything() if not read else self._longer(read)
-        return self._known[read]
+    def stretch(self, path: tuple[int, ...]) -> tuple[int, int]:
+        """The places [start, stop) in `order` of the tokens that the student writes with `path` first."""
+        if not path:
+            return 0, len(self.order)
+        return bisect_left(self._keys, path), bisect_left(self._keys, (*path[:-1], path[-1] + 1))
 
-    def _anything(self) -> Continuations:
-        ids = [i for i, piece in enumerate(self._teacher) if piece and i not in self._roles]
-        firsts = [self._first(self._teacher[i]) for i in ids]
-        return Continuations(np.array([*ids, *self._roles]), np.array([*firsts, *self._roles.values()]),
-                             np.zeros(0, dtype=np.int64))
 
-    def _longer(self, read: bytes) -> Continuations:
-        ended = self._of_bytes.get(read, [])
-        if ended:
-            ids = self._order[self._from[ended[0]]:self._to[ended[0]]]
-        else:  # bytes inside of a token that are none by themselves
-            ids = np.array([i for i, piece in enumerate(self._teacher)
-                            if len(piece) > len(read) and piece.startswith(read)], dtype=np.int64)
-        firsts = [self._first(self._teacher[i][len(read):]) for i in ids]
-        return Continuations(ids, np.array(firsts, dtype=np.int64), np.array(ended, dtype=np.int64))
+def _written(student: Mapping[bytes, int], pieces: Sequence[bytes],
+             writer: Spelling | None) -> Iterator[tuple[int, ...]]:
+    most = max(map(len, student), default=0)
+    encoded = [None] * len(pieces) if writer is None else writer.encode_all(pieces, opens=[False] * len(pieces))
+    for piece, tokens in zip(pieces, encoded, strict=True):
+        yield _longest(student, most, piece) if tokens is None or tokens.lost else tokens.ids
 
-    def _first(self, text: bytes) -> int:
-        """The longest token of the student's that `text` begins with; -1: none."""
-        for n in range(min(self._longest, len(text)), 0, -1):
-            if (found := self._student.get(text[:n])) is not None:
-                return found
-        return -1
+
+def _longest(student: Mapping[bytes, int], most: int, piece: bytes) -> tuple[int, ...]:
+    """The longest token that fits, one after another; most: bytes that a token has at most."""
+    out, at = [], 0
+    while at < len(piece):
+        stop = next((s for s in range(min(len(piece), at + most), at, -1) if piece[at:s] in student), None)
+        out.append(LOST if stop is None else student[piece[at:stop]])
+        at = len(piece) if stop is None else stop
+    return tuple(out)

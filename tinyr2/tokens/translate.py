@@ -33,6 +33,7 @@ class Translation:
     bytes: int  # of the student's text; role tokens are none of it
     lost: tuple[tuple[int, int], ...]  # byte ranges of this text that the teacher's tokens do not spell
     unpaired: int  # the student's tokens that stand for no text and have no counterpart
+    opened: int = 0  # of these, the first ones, which open the thought that the teacher's prompt has opened already
 
 
 class Answer(NamedTuple):
@@ -51,6 +52,7 @@ class _Row:
     prompt_ids: tuple[int, ...]  # the teacher's
     roles: tuple[tuple[int, int, tuple[int, ...]], ...]  # tokens [begin, end) and what the teacher says for them
     silent: tuple[int, ...]  # tokens without a counterpart
+    opened: int  # of these, the first ones, which the teacher's prompt has already
 
 
 class _Part(NamedTuple):
@@ -155,7 +157,7 @@ class Translator:
             silent = (*range(start, start + again), *silent)
             for k in (*silent, *(k for begin, end, _ in roles for k in range(begin, end))):
                 found[k] = b""
-            rows.append(_Row(start, stop, prompt_ids, tuple(roles), silent))
+            rows.append(_Row(start, stop, prompt_ids, tuple(roles), silent, again))
         return rows
 
     def _prompt(self, messages: Sequence[Message],
@@ -267,7 +269,7 @@ class _Page(NamedTuple):
         bases = [int(self.bytes_before[p.begin] - begin) for p, _ in parts]
         lost = [(a + base, b + base) for base, (_, e) in zip(bases, parts, strict=True) for a, b in e.lost]
         return Translation(row.prompt_ids, tuple(ids), spans, int(self.bytes_before[row.stop] - begin), tuple(lost),
-                           len(row.silent))
+                           len(row.silent), row.opened)
 
 
 def _runs(found: Sequence[bytes], start: int, stop: int, text: bytes) -> Iterator[tuple[int, int]]:

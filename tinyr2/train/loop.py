@@ -95,6 +95,7 @@ def run(state: checkpoint.TrainState, job: Job) -> Ending:
     if state.step == 0 and job.config.eval_on_start and job.evaluate is not None:
         start = time.perf_counter()
         found = _measured(state, job)
+        _keep_if_best(state, job, found)
         monitor.note(0, found)
         job.recorder.record({"step": 0, **found}, {"step": 0, "eval_s": time.perf_counter() - start}, [])
     with _signals() as asked:
@@ -160,14 +161,21 @@ def _evaluate(state: checkpoint.TrainState, job: Job) -> dict[str, float]:
     every, last = job.config.eval_steps, state.step == job.config.max_steps
     if job.evaluate is None or not (last or (every and state.step % every == 0)):
         return {}
-    metrics, guarded = _measured(state, job), job.config.health.max_drop is not None
-    if metrics and (guarded or job.config.load_best_model_at_end):
-        value = metrics[job.config.health.drop_metric] if guarded else _metric_for_best_model(metrics)
-        best = state.monitor["best"]
-        if best is None or value > best["value"]:
-            state.monitor["best"] = {"step": state.step, "value": value}
-            job.keep_best()
+    metrics = _measured(state, job)
+    _keep_if_best(state, job, metrics)
     return metrics
+
+
+def _keep_if_best(state: checkpoint.TrainState, job: Job, metrics: Mapping[str, float]) -> None:
+    """Note the best evaluation so far, and keep its model where one is to be kept."""
+    guarded = job.config.health.max_drop is not None
+    if not metrics or not (guarded or job.config.load_best_model_at_end):
+        return
+    value = metrics[job.config.health.drop_metric] if guarded else _metric_for_best_model(metrics)
+    best = state.monitor["best"]
+    if best is None or value > best["value"]:
+        state.monitor["best"] = {"step": state.step, "value": value}
+        job.keep_best()
 
 
 def _measured(state: checkpoint.TrainState, job: Job) -> dict[str, float]:

@@ -165,9 +165,10 @@ def _compared(result: HeadResult, batch: Batch, states: Tensor, head: Head, firs
     if first is not None and divergence is not None:
         facts.append({f"teacher/{first.name}/kl": _total(divergence)})
     others = [o for o in opinions if o is not first and o.whole is not None]
-    if others:
-        divergence = (torch.zeros_like(result.learner_logp) if divergence is None
-                      else divergence * batch.divergence_weight)
+    if divergence is not None and batch.divergence_weight != 1.0:
+        divergence = divergence * batch.divergence_weight
+    if others and divergence is None:
+        divergence = torch.zeros_like(result.learner_logp)
     for opinion in others:
         at = opinion.whole.at
         some = batch if at is None else batch.select(at)
@@ -260,8 +261,10 @@ def _join(parts: list[tuple[list[Rollout], Batch, HeadResult, Mapping[str, tuple
         rollouts=rollouts, row=torch.cat(rows), loss=sum(float(r.loss) for r in results),
         learner_logp=torch.cat([r.learner_logp for r in results]), entropy=torch.cat([r.entropy for r in results]),
         actor_logp=torch.cat([_or_nan(b.actor_logp, r.learner_logp) for _, b, r, _ in parts]),
-        divergence=_cat([r.divergence for r in results]), teacher_logp=_cat([r.teacher_logp for r in results]),
-        teacher_gap=_cat([b.teacher_gap for _, b, *_ in parts]), facts=_summed([facts for *_, facts in parts]),
+        divergence=_or_none([r.divergence for r in results], results),
+        teacher_gap=_or_none([b.teacher_gap for _, b, *_ in parts], results),
+        teacher_logp=_cat([r.teacher_logp for r in results]),
+        facts=_summed([facts for *_, facts in parts]),
     )
 
 
@@ -283,6 +286,14 @@ def _nothing(device: torch.device) -> Scores:
 
 def _or_nan(values: Tensor | None, like: Tensor) -> Tensor:
     return torch.full_like(like, float("nan")) if values is None else values.to(like)
+
+
+def _or_none(values: list[Tensor | None], results: Sequence[HeadResult]) -> Tensor | None:
+    """(N,) of what teachers say, which is 0 where none says anything; None where none does anywhere."""
+    if all(v is None for v in values):
+        return None
+    return torch.cat([torch.zeros_like(r.learner_logp) if v is None else v
+                      for v, r in zip(values, results, strict=True)])
 
 
 def _cat(values: list[Tensor | None]) -> Tensor | None:

@@ -274,11 +274,9 @@ def held_out_drop(config: HealthConfig, metrics: Metrics, memory: Memory) -> Fin
     now = value(metrics, config.drop_metric)
     if now is None or config.max_drop is None or memory.best is None:
         return None
-    kept = ("the model as it began was the best, take that one" if memory.best_step == 0 else
-            "the best model so far is in best/, take that one")
     return Finding(
         "critical" if now < memory.best - config.max_drop else None,
         f"{config.drop_metric} {now:.4g}, {memory.best - now:.3g} below its best, {memory.best:.4g} at step "
         f"{memory.best_step}",
-        f"{kept}; for a new run, give a KL to the start (guard.kl_to_start), a lower learning_rate, a self-teacher "
-        "that follows more slowly (a decay nearer to 1), or show the teacher less")
+        "the best model so far is in best/, take that one; for a new run, give a KL to the start (guard.kl_to_start), "
+        "a lower learning_rate, a self-teacher that follows more slowly (a decay nearer to 1), or show the teacher less")
