@@ -51,9 +51,11 @@ HELD_OUT = 2048
 LEVEL = quickstart.LEVEL
 PLAN = quickstart.Plan()
 # by signal, what it has beside the same-tokenizer run's settings
-_SAMPLED = {"train": {"learning_rate": 3e-4}}  # a policy gradient takes smaller steps
+# a policy gradient takes smaller steps, and is the reverse KL's
+_SAMPLED = {"train": {"learning_rate": 3e-4}, "loss": {"divergence": {"kind": "reverse_kl"}}}
 SIGNALS: dict[str, dict[str, Any]] = {
-    "marginal": {}, "mapped": _SAMPLED, "chunk": _SAMPLED, "chunk_debiased": _SAMPLED, "exact": _SAMPLED}
+    "marginal": {}, "mapped": {"train": {"learning_rate": 3e-4}}, "chunk": _SAMPLED, "chunk_debiased": _SAMPLED,
+    "exact": _SAMPLED}
 
 
 class Teachers(Study):
@@ -163,9 +165,9 @@ def cross(study: Teachers, seed: int) -> None:
                       "loss": same["loss"] | {"estimator": "sampled", "divergence": {"kind": "reverse_kl"}}}
     study.once(f"{world.name}/same_sampled", "distill", sampled, held_out)
     for signal, change in SIGNALS.items():
-        raw = same | {"output_dir": str(world / signal)} | {k: v for k, v in change.items() if k != "train"}
-        raw |= {"teacher": {"path": str(world / "foreign/final"), "signal": signal},
-                "train": same["train"] | change.get("train", {})}
+        raw = same | {"output_dir": str(world / signal), "train": same["train"] | change.get("train", {}),
+                      "teacher": {"path": str(world / "foreign/final"), "signal": signal},
+                      "loss": same["loss"] | change.get("loss", {})}
         study.once(f"{world.name}/{signal}", "distill", raw, held_out)
 
 
@@ -233,8 +235,8 @@ def merge(study: Teachers, seed: int) -> None:
     teachers = [{"name": task, "path": str(world / task / "final"), "tasks": [NAMES[task]]} for task in TASKS]
     raw = {"student": {"path": str(world / "base/final")}, "teachers": teachers, "device": "cpu",
            "data": {"path": str(world / "both.jsonl")}, "output_dir": str(world / "merged"),
-           "rollout": {"prompts_per_step": 64, "max_completion_length": 48},
-           "loss": {"divergence": {"kind": "forward_kl"}}, "train": settings(seed, 600, 8e-3)}
+           "rollout": {"prompts_per_step": 64, "max_completion_length": 72},
+           "loss": {"divergence": {"kind": "forward_kl"}}, "train": settings(seed, 800, 8e-3)}
     done = study.once(f"{world.name}/merged", "distill", raw, on_tasks(world))
     # as many tokens as the merged student read; solutions and answers are equally long
     study.once(f"{world.name}/sft_both", "sft", tuned(world, "sft_both", "base/final", "both", done["steps"], seed),
@@ -315,7 +317,7 @@ def privileged(study: Teachers, seed: int) -> None:
 
 LEARNER = quickstart.Shape(hidden=40, layers=2, heads=4, ffn=120)
 RATIOS = {"long": {"long": 1}, "short": {"short": 1}, "mixed": {"long": 1, "short": 4}}
-READ = 600_000  # tokens of solutions that each model reads
+READ = 1_200_000  # tokens of solutions that each model reads
 
 
 def mixture_world(study: Teachers, seed: int) -> Path:

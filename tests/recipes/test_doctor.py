@@ -416,7 +416,8 @@ def test_a_best_model_without_an_evaluation_is_a_fault_and_a_rhythm_without_one_
 
 
 def reference(setup: Setup, **changes) -> Setup:
-    return replace(setup, reference=replace(setup.teachers[0], key="reference", source=ModelConfig(path="ref"), **changes))
+    files = replace(setup.teachers[0], key="reference", source=ModelConfig(path="ref"), **changes)
+    return replace(setup, reference=files)
 
 
 def critic(setup: Setup, **changes) -> Setup:

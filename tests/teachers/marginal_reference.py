@@ -95,7 +95,7 @@ class Case:
             pairs = dict(zip(self.translator.pairs[1].tolist(), self.translator.pairs[0].tolist(), strict=True))
             return (pairs[token],) if token in pairs else ()
         (encoded,) = ours.encode_all([theirs.pieces[token]], opens=[False])
-        if not encoded.lost:
+        if b"".join(ours.pieces[i] for i in encoded.ids) == theirs.pieces[token]:
             return encoded.ids
         out, rest = [], theirs.pieces[token]
         while rest:

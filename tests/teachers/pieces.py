@@ -65,7 +65,7 @@ def aid(signal, translator=None, threshold=0.1):
     if signal == "marginal":
         ours, theirs = translator.student, translator.teacher
         roles = {int(t): int(s) for s, t in zip(*translator.pairs, strict=True) if not theirs.pieces[t]}
-        return Marginal(Prefixes(ours.ids_of_bytes(), theirs.pieces, roles), ours.pieces, theirs.pieces, VOCAB)
+        return Marginal(Prefixes(ours.ids_of_bytes(), theirs.pieces, roles, ours), ours.pieces, theirs.pieces, VOCAB)
     return None
 
 

@@ -134,7 +134,8 @@ def test_tokens_of_another_precision_are_weighted_one_by_one_however_they_are_pa
     model, teacher, counts = qwen3(dtype=torch.float64), qwen3(24, seed=1, dtype=torch.float64), count(rollouts)
     loss = LossConfig(estimator=estimator)
     learner = Learner(model=model, vocab=VOCAB, tokens_per_micro_batch=budget)
-    scores = accumulate(learner, rollouts, lambda batch: token_distillation(loss, batch, counts, importance(batch, 1.5)),
+    scores = accumulate(learner, rollouts,
+                        lambda batch: token_distillation(loss, batch, counts, importance(batch, 1.5)),
                         Reading(divergence=loss.divergence if estimator == "full" else None,
                                 judge=judge_of(hire(teacher, VOCAB))))
     total, seen = 0.0, []

@@ -14,10 +14,11 @@ from tinyr2.data.problems import fingerprint as data_fingerprint
 from tinyr2.eval.suite import EvalConfig, evaluate
 from tinyr2.models.load import ModelConfig, load_model, save_model
 from tinyr2.recipes import setup
+from tinyr2.recipes.check_staff import check_staff
 from tinyr2.recipes.data_distillation import Writer, distill_data, local_writer
 from tinyr2.recipes.distill_config import DistillConfig, TeacherConfig
 from tinyr2.recipes.distillation import Distillation
-from tinyr2.recipes.findings import Finding, ModelFiles, Part, Reader, Setup
+from tinyr2.recipes.findings import ModelFiles, Part, Reader, Setup
 from tinyr2.recipes.hiring import files_of, hire_staff, worse_teachers
 from tinyr2.recipes.inputs import Inputs, checked_inputs
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
@@ -27,7 +28,6 @@ from tinyr2.recipes.show import completions_of
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import load_rewards
 from tinyr2.rollouts.sample import Policy
-from tinyr2.teachers.privileged import privilege_faults
 from tinyr2.tokens.chat import fingerprint, vocabulary_faults
 from tinyr2.train.guard import guarded
 from tinyr2.train.hidden import layer_map
@@ -51,7 +51,9 @@ def read_setup(config: DistillConfig) -> Setup:
     if config.hidden is not None and student.config is not None and teachers[0].config is not None:
         layers = [m.config.get_text_config().num_hidden_layers for m in (student, teachers[0])]
         reader.read("hidden.layers", lambda: layer_map(config.hidden.layers, *layers))
-    faults = [*reader.faults, *_privilege_faults(config, parts[0])]
+    files = iter(teachers)
+    own = [next(files) if t.has_files else None for t in config.staff]
+    faults = [*reader.faults, *check_staff(config, own, student, parts[0])]
     return Setup(student=student, teachers=tuple(teachers), parts=tuple(parts), rewards=tuple(rewards),
                  train=config.train, evaluates=len(parts) > 1 and bool(config.rewards or config.eval_kl_problems),
                  device=config.device, output_dir=config.output_dir, unread=tuple(faults))
@@ -83,13 +85,6 @@ def _teacher_files(reader: Reader, teacher: TeacherConfig, key: str, student: Mo
     translated = known and bool(vocabulary_faults(student.tokenizer, files.tokenizer))
     return ModelFiles(key=key, source=files.source, config=files.config, tokenizer=files.tokenizer,
                       own_prompt=teacher.prompt == "own", translated=translated)
-
-
-def _privilege_faults(config: DistillConfig, part: Part) -> list[Finding]:
-    if not part.problems:
-        return []
-    return [Finding("fault", f"{t.name}.privilege", *fault.split("; ", 1)) for t in config.staff
-            if t.privilege is not None for fault in privilege_faults(part.problems, t.privilege)]
 
 
 def distill(config: DistillConfig, console: Console, *, resume: bool = False, overwrite: bool = False) -> dict:

@@ -199,7 +199,17 @@ class DistillConfig(Config):
         plain = len(staff) == 1 and staff[0].path is not None and staff[0].privilege is None
         data, written = self.method == "data", len(staff) == 1 and staff[0].chat is not None
         servers = [t.server for t in staff if t.server is not None]
+        visits, skips = self.panel.resident == "one", any(
+            t.privilege is not None and t.privilege.without == "skip" for t in staff)
         return [
+            (visits and self.hidden is not None, "hidden reads a teacher's layers with every micro-batch; set "
+             "panel.resident=all"),
+            (visits and bool(self.rollout.num_teacher_generations), "a teacher that writes stays; set "
+             "panel.resident=all"),
+            (self.panel.combine != "sum" and skips, f"panel.combine: {self.panel.combine} blends teachers that all "
+             "judge the same answers; set privilege.without=plain, or panel.combine=sum"),
+            (any(t.name == "start" for t in staff), "a teacher cannot be called start: that is the guard's own, the "
+             "student as it began; choose another name"),
             (self.kd is not None and any(s.top_k == 0 for s in servers),
              "kd compares distributions, and this server gives the log-probs of the data's tokens alone; set "
              "server.top_k to 20 or so, or load the teacher here with path"),
@@ -211,8 +221,8 @@ class DistillConfig(Config):
              "server that scores"),
             (self.kd is not None and (self.rollout.lmbda > 0 or self.loss.level == "sequence"),
              "kd has hard labels, which only the data's completions give; set rollout.lmbda=0 and loss.level=token"),
-            (self.kd is not None and self.panel.combine == "sum" and len(staff) > 1 and self.kd.by == "entropy",
-             "kd.by: entropy asks how sure one teacher is; take one teacher, or panel.combine: average"),
+            (self.kd is not None and len(staff) > 1 and self.kd.by == "entropy",
+             "kd.by: entropy asks how sure one teacher is; take one teacher, or kd.by: fixed or linear"),
             (self.hidden is not None and not plain,
              "hidden compares the layers of one teacher that is loaded here and reads what the student reads; give one "
              "teacher with a path and without privilege"),

@@ -89,7 +89,7 @@ class Distillation:
                                  sampling=config.rollout, max_rows=config.rollout.max_rows)
         del policy  # its memory is the learner's now
         out |= self._divergence(written) if written else {}
-        self.staff.served()  # what servers were asked here is no step's
+        self.staff.served(), self.staff.metrics()  # what servers were asked, and teachers shown, here is no step's
         return out
 
     @property

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinyr2.core.errors import ConfigError
 from tinyr2.core.types import Batch, Message, Rollout
 from tinyr2.data.retrieval import Corpus, Retriever
 from tinyr2.models.head import head_of
 from tinyr2.models.load import context_length, load_model
 from tinyr2.models.pairs import Pairs
 from tinyr2.recipes import setup
+from tinyr2.recipes.check_staff import signal_of
 from tinyr2.recipes.distill_config import DistillConfig, Signal, TeacherConfig
 from tinyr2.recipes.findings import ModelFiles, Setup
 from tinyr2.recipes.inputs import Inputs
@@ -148,7 +148,7 @@ def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Lea
     guard = config.guarding
     if guard is not None and guard.kl_to_start:
         start = TeacherConfig(ema=1.0, name=START, weight=guard.kl_to_start)
-        members.append(hiring.member(start, None))
+        members.append(hiring.member(start, None, alone=True))
     student = head_of(learner.model, learner.vocab)
     panel = Panel(members, config.panel.combine, student)
     hidden = None
@@ -180,8 +180,8 @@ class Hiring:
     tutoring: list[Tutoring] = field(default_factory=list)
     loaded: list[Teacher] = field(default_factory=list)
 
-    def member(self, teacher: TeacherConfig, files: ModelFiles | None) -> Member:
-        """One teacher, ready to work."""
+    def member(self, teacher: TeacherConfig, files: ModelFiles | None, *, alone: bool = False) -> Member:
+        """One teacher, ready to work; alone: beside a blend of the others, if they are blended."""
         translator = None
         if files is not None and files.translated:
             translator = Translator(self.inputs.tokenizer, files.tokenizer, teacher.roles or None)
@@ -189,7 +189,8 @@ class Hiring:
         mind = self._mind(teacher, files)
         seat = Seat(
             name=teacher.name, tasks=None if teacher.tasks is None else frozenset(teacher.tasks), weight=teacher.weight,
-            weight_end=teacher.weight_end, signal=signal, speaks=self._speaks, temperature=self._temperature)
+            weight_end=teacher.weight_end, signal=signal, speaks=self._speaks, temperature=self._temperature,
+            alone=alone)
         aid = None if translator is None else self._aid(translator, signal, teacher.max_bias)
         return Member(seat, self._view(teacher, files, translator), mind, aid)
 
@@ -210,8 +211,9 @@ class Hiring:
 
     @property
     def _speaks(self) -> bool:
-        loss = self.config.loss
-        return loss.estimator == "sampled" and (loss.position_weight > 0 or len(self.config.staff) > 1)
+        loss, guard = self.config.loss, self.config.guarding
+        several = len(self.config.staff) > 1 or (guard is not None and guard.kl_to_start > 0)
+        return loss.estimator == "sampled" and (loss.position_weight > 0 or several)
 
     def _mind(self, teacher: TeacherConfig, files: ModelFiles | None) -> Mind:
         if teacher.server is not None:
@@ -258,23 +260,14 @@ class Hiring:
             return Boundaries(self._order(ours.pieces), self._order(theirs.pieces), threshold=max_bias)
         if signal == "marginal":
             texts = ours.ids_of_bytes()
-            roles = {int(t): int(s) for s, t in zip(*translator.pairs, strict=True) if not theirs.pieces[t]}
-            return Marginal(Prefixes(texts, theirs.pieces, roles), ours.pieces, theirs.pieces, self.inputs.vocab)
+            # a text of one that is a special token of the other's (<think>) is a role, too
+            roles = {int(t): int(s) for s, t in zip(*translator.pairs, strict=True)
+                     if not (theirs.pieces[t] and ours.pieces[s])}
+            return Marginal(Prefixes(texts, theirs.pieces, roles, ours), ours.pieces, theirs.pieces, self.inputs.vocab)
         return None
 
     def _order(self, pieces: Sequence[bytes]) -> Order:
         return Order(*(torch.from_numpy(part).to(self._device) for part in byte_order(pieces)))
-
-
-def signal_of(teacher: TeacherConfig, config: DistillConfig) -> Signal:
-    """What a teacher with another tokenizer says, where the config leaves it open; ConfigError where it cannot."""
-    sampled = config.loss.estimator == "sampled"
-    if teacher.signal in ("mapped", "marginal") and sampled:
-        raise ConfigError(f"{teacher.name}: signal {teacher.signal} compares distributions, and loss.estimator: sampled does "
-                          "not; set loss.estimator=full, or the signal to chunk")
-    if teacher.signal != "auto":
-        return teacher.signal
-    return "chunk" if teacher.server is not None or sampled else "marginal"
 
 
 def retriever_of(privilege: PrivilegeConfig) -> Callable | None:

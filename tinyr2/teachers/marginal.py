@@ -18,7 +18,8 @@ teacher's own distribution; with a student of single characters all do. Approxim
 - each of the teacher's tokens is written by itself: a student's token never reaches beyond it, so that a student whose
   tokens are the longer ones is told of their beginnings. Where it wrote such a token, nothing is asked;
 - after a cut that the student's tokenizer would not make, little or nothing is known until the teacher's token ends;
-- what the student cannot write is left out, and the rest stands for the whole.
+- text that the student cannot write is left out, and the rest stands for the whole. A special token that has no
+  counterpart is the tail's, as the student's own are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ class Marginal:
             if k < 0:
                 if self._piece(ids[i]):  # lost bytes: the teacher did not read what was said before the next span
                     silent, last = [], -1
-                else:
+                elif i >= paper.opened:
                     silent.append(i)
                 continue
             if k == last:
@@ -119,7 +120,7 @@ class Marginal:
     @torch.no_grad()
     def lists(self, queries: Sequence[Query], hidden: Tensor, head: Head, temperature: float) -> TopK:
         """The answers (K, k) to K > 0 queries; hidden (N_t, D): the states that predict the teacher's tokens."""
-        tree = _Tree.of(self.prefixes, self.vocab, hidden.device)
+        tree = _Tree.of(self.prefixes, self.vocab, self.teacher_pieces, hidden.device)
         asked = _Asked.of(queries, self.prefixes)
         parts = []
         for part in asked.parts(len(head.weight), self.vocab):
@@ -163,13 +164,17 @@ class _Tree:
     tokens: Tensor
     begins: Tensor
     first: Tensor  # (V_t,) the column of each token's first one; `vocab` where it has none
+    foreign: Tensor  # (L,) text that the student cannot write
 
     @classmethod
-    def of(cls, prefixes: Prefixes, vocab: int, device: torch.device) -> "_Tree":
-        first = np.where(prefixes.first == LOST, vocab, prefixes.first)
-        assert int(first.max(initial=0)) <= vocab, f"token {int(first.max())} of a student's head with {vocab}"
+    def of(cls, prefixes: Prefixes, vocab: int, pieces: Sequence[bytes], device: torch.device) -> "_Tree":
+        most = int(prefixes.tokens.max(initial=0))
+        assert most < vocab, f"token {most} of a student's head with {vocab}"
+        lost = prefixes.first == LOST
+        first = np.where(lost, vocab, prefixes.first)
+        foreign = np.flatnonzero(lost & np.array([bool(piece) for piece in pieces[:len(lost)]], dtype=bool))
         return cls(vocab, *(torch.from_numpy(x).to(device) for x in (
-            prefixes.order, prefixes.tokens, prefixes.begins, first)))
+            prefixes.order, prefixes.tokens, prefixes.begins, first, foreign)))
 
     def answers(self, asked: _Asked, rows: np.ndarray, prob: Tensor) -> Tensor:
         """(n, V) the probabilities of the student's next tokens; what is left to 1 is unknown.
@@ -201,7 +206,8 @@ class _Tree:
         return out[:, :self.vocab], torch.where(inside, out[:, -1:], 1.0)
 
     def _beginning(self, prob: Tensor) -> Tensor:
-        """(m, V) what the teacher's next tokens begin with."""
+        """(m, V) what the teacher's next tokens begin with; its special tokens without a counterpart are left to 1."""
         out = prob.new_zeros(self.vocab + 1, len(prob)).index_add_(
             0, self.first, prob[:, :len(self.first)].t())[:self.vocab].t()
-        return out / out.sum(-1, keepdim=True).clamp_min(torch.finfo(prob.dtype).tiny)
+        tiny = torch.finfo(prob.dtype).tiny
+        return out / (1 - prob[:, self.foreign].sum(-1, keepdim=True)).clamp_min(tiny)

@@ -32,8 +32,8 @@ class Prefixes:
                  writer: Spelling | None = None):
         """student: the id of each byte string    teacher: its pieces by id, b"" for what is no text
         roles: the teacher's ids to the student's, of tokens that stand for the same without being text on both sides
-        writer: the student's tokenizer; without it, and for what it cannot write by itself (WordPiece a word's space),
-        the longest token that fits is taken, one after another
+        writer: the student's tokenizer; without it, and for what it writes otherwise than inside of a text (WordPiece
+        the end of a word), the longest token that fits is taken, one after another
         """
         texts = [i for i, piece in enumerate(teacher) if piece and i not in roles]
         written: list[tuple[int, ...]] = [()] * len(teacher)
@@ -60,9 +60,12 @@ class Prefixes:
 def _written(student: Mapping[bytes, int], pieces: Sequence[bytes],
              writer: Spelling | None) -> Iterator[tuple[int, ...]]:
     most = max(map(len, student), default=0)
-    encoded = [None] * len(pieces) if writer is None else writer.encode_all(pieces, opens=[False] * len(pieces))
-    for piece, tokens in zip(pieces, encoded, strict=True):
-        yield _longest(student, most, piece) if tokens is None or tokens.lost else tokens.ids
+    if writer is None:
+        yield from (_longest(student, most, piece) for piece in pieces)
+        return
+    for piece, encoded in zip(pieces, writer.encode_all(pieces, opens=[False] * len(pieces)), strict=True):
+        spelled = b"".join(map(writer.pieces.__getitem__, encoded.ids))
+        yield encoded.ids if spelled == piece else _longest(student, most, piece)
 
 
 def _longest(student: Mapping[bytes, int], most: int, piece: bytes) -> tuple[int, ...]:

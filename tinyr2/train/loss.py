@@ -92,6 +92,8 @@ def token_distillation(loss: LossConfig, batch: Batch, counts: Counts, weigh: We
     second; both are nats of a KL.
     """
     gap, scale = batch.teacher_gap, batch.divergence_weight
+    if gap is not None:  # a policy gradient of what the student did not sample would teach anything
+        gap = gap * batch.on_policy
     if gap is not None and loss.position_weight:
         gap = gap * position_weight(gap, batch.learned, loss.position_weight)
 

@@ -279,4 +279,5 @@ def held_out_drop(config: HealthConfig, metrics: Metrics, memory: Memory) -> Fin
         f"{config.drop_metric} {now:.4g}, {memory.best - now:.3g} below its best, {memory.best:.4g} at step "
         f"{memory.best_step}",
         "the best model so far is in best/, take that one; for a new run, give a KL to the start (guard.kl_to_start), "
-        "a lower learning_rate, a self-teacher that follows more slowly (a decay nearer to 1), or show the teacher less")
+        "a lower learning_rate, a self-teacher that follows more slowly (a decay nearer to 1), or show the teacher "
+        "less")
