@@ -30,20 +30,28 @@ class Table:
 
     size: int
     power: float = 3.0  # how far apart probabilities lie
+    rare: tuple[int, ...] = ()  # tokens that it all but never says
 
     def after(self, ids):
         """(V,) float64."""
         seed = [len(ids), *(int(i) for i in ids)]
         logits = self.power * np.random.default_rng(seed).standard_normal(self.size)
+        logits[list(self.rare)] -= 40
         return np.exp(logits - np.log(np.exp(logits).sum()))
 
 
 @dataclass(eq=False)
 class Case:
-    """A student's tokenizer, a teacher's, and a table of the teacher's."""
+    """A student's tokenizer, a teacher's, and a table of the teacher's.
+
+    padding: ids that each head has beyond its tokenizer    trained: whether the teacher all but never says what has no
+    counterpart
+    """
 
     ours: object
     theirs: object
+    padding: int = 0
+    trained: bool = False
 
     @cached_property
     def translator(self):
@@ -51,7 +59,8 @@ class Case:
 
     @cached_property
     def table(self):
-        return Table(len(self.translator.teacher.pieces))
+        silent = tuple(i for i, written in enumerate(self.written) if not written)
+        return Table(len(self.written), rare=silent if self.trained else ())
 
     @cached_property
     def marginal(self):
@@ -59,7 +68,7 @@ class Case:
         roles = {int(t): int(s) for s, t in zip(*self.translator.pairs, strict=True)
                  if not (theirs.pieces[t] and ours.pieces[s])}
         return Marginal(Prefixes(ours.ids_of_bytes(), theirs.pieces, roles, ours), ours.pieces, theirs.pieces,
-                        ours.vocab)
+                        ours.vocab + self.padding)
 
     def paper(self, rollout) -> Paper:
         (paper,) = View(translator=self.translator).papers([rollout])
@@ -86,10 +95,13 @@ class Case:
     @cached_property
     def written(self):
         """By the teacher's id."""
-        return [self.write(i) for i in range(self.table.size)]
+        return [*map(self.write, range(len(self.translator.teacher.pieces))), *[()] * self.padding]
 
     def write(self, token):
-        """A teacher's token as the student's ids: of a role, its counterpart; -2 for the bytes that it cannot write."""
+        """A teacher's token as the student's ids: of a role, its counterpart; -2 for the bytes that it cannot write.
+
+        () of a special token without a counterpart.
+        """
         theirs, ours = self.translator.teacher, self.translator.student
         if not theirs.pieces[token]:
             pairs = dict(zip(self.translator.pairs[1].tolist(), self.translator.pairs[0].tolist(), strict=True))
@@ -109,15 +121,22 @@ class Case:
     def enumerated(self, before, path, ended):
         """(V,) the probabilities of the student's next token, when the teacher has written `before` and is in a token
         of which the student has written `path`. ended: the teacher's own such token; None: it goes on.
+
+        What begins with bytes that the student cannot write is taken as not said; special tokens without a counterpart
+        and ids beyond the tokenizer are said, but no token of the student's has their probability.
         """
         out, total = np.zeros(self.marginal.vocab), 0.0
         following = None
         if ended is not None:
-            following = np.zeros(self.marginal.vocab)
+            following, said = np.zeros(self.marginal.vocab), 0.0
             for token, prob in enumerate(self.table.after((*before, *ended))):
-                if (written := self.written[token]) and written[0] >= 0:
+                written = self.written[token]
+                if written[:1] == (-2,):
+                    continue
+                said += prob
+                if written:
                     following[written[0]] += prob
-            following /= following.sum()
+            following /= said
         for token, prob in enumerate(self.table.after(before)) if path else ():
             written = self.written[token]
             if written[:len(path)] != path or written[len(path):] == (-2,):

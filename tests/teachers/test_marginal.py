@@ -19,8 +19,8 @@ END = 4  # of a turn, on both sides
 TEACHER = ("0", "1", "2", "01", "12", "012", "#", "##", ";")
 
 
-def case(student, teacher=TEACHER):
-    return Case(of_pieces(*student), of_pieces(*teacher))
+def case(student, teacher=TEACHER, **more):
+    return Case(of_pieces(*student), of_pieces(*teacher), **more)
 
 
 def spelled(case, text):
@@ -50,10 +50,11 @@ def check(case, rollout, atol=1e-13):
         assert np.abs(found[token].numpy() - row).max() <= atol
 
 
+@pytest.mark.parametrize("teacher", [TEACHER, (*TEACHER, "x", "x0", "0x", "#1xx")])
 @pytest.mark.parametrize("text", ["012;", "0012##;", "12012#0;1", "###01;;2"])
 @pytest.mark.parametrize("student", [DIGITS, (*DIGITS, "01"), (*DIGITS, "##", "12")])
-def test_it_is_what_enumeration_of_the_teachers_next_tokens_gives(student, text):
-    one = case(student)
+def test_it_is_what_enumeration_of_the_teachers_next_tokens_gives(student, text, teacher):
+    one = case(student, teacher, padding=3)
     check(one, rollout_of(spelled(one, text)))
 
 
@@ -65,14 +66,28 @@ def test_a_token_in_progress_by_hand():
     first, second = one.table.after(()), one.table.after((zero,))
     began = first[[zero, zero3, zero4]].sum()
     rho = first[zero] / began
-    writable = [END, *range(5, 11)]  # other special tokens have no counterpart
     found = one.ask(rollout)
-    assert found[0][5].item() == pytest.approx(began / first[writable].sum(), abs=1e-14)
-    share = second / second[writable].sum()
-    assert found[1][6].item() == pytest.approx(first[zero3] / began + rho * share[three], abs=1e-14)
-    assert found[1][7].item() == pytest.approx(first[zero4] / began + rho * share[four], abs=1e-14)
-    assert found[1][5].item() == pytest.approx(rho * share[[zero, zero3, zero4]].sum(), abs=1e-14)
-    assert found[1][8].item() == pytest.approx(rho * share[end], abs=1e-14)
+    assert found[0][5].item() == pytest.approx(began, abs=1e-14)
+    assert found[1][6].item() == pytest.approx(first[zero3] / began + rho * second[three], abs=1e-14)
+    assert found[1][7].item() == pytest.approx(first[zero4] / began + rho * second[four], abs=1e-14)
+    assert found[1][5].item() == pytest.approx(rho * second[[zero, zero3, zero4]].sum(), abs=1e-14)
+    assert found[1][8].item() == pytest.approx(rho * second[end], abs=1e-14)
+    assert found[1][END].item() == pytest.approx(rho * second[END], abs=1e-14)
+    # special tokens without a counterpart are the tail's
+    assert found[0].sum().item() == pytest.approx(1 - first[:END].sum(), abs=1e-14)
+    assert found[1].sum().item() == pytest.approx(1 - rho * second[:END].sum(), abs=1e-14)
+
+
+def test_text_that_the_student_cannot_write_is_taken_as_not_said_and_special_tokens_as_said():
+    one = case(("0", "1"), ("0", "1", "x", "x0", "0x"), padding=2)
+    first = one.table.after(())
+    assert len(first) == 12  # 5 special tokens, 5 pieces, 2 ids without a token
+    known = 1 - first[[7, 8]].sum()
+    assert known < 0.99
+    row = one.ask(rollout_of((5,)))[0].numpy()
+    assert row[[END, 5, 6]] == pytest.approx(np.array([first[4], first[5] + first[9], first[6]]) / known, abs=1e-14)
+    assert 1 - row.sum() == pytest.approx(first[[0, 1, 2, 3, 10, 11]].sum() / known, abs=1e-14)
+    assert not row[[0, 1, 2, 3, 7, 8]].any()
 
 
 @pytest.mark.parametrize("pieces", [TEACHER, DIGITS])
@@ -83,7 +98,8 @@ def test_with_one_tokenizer_it_is_the_teachers_own_distribution(pieces):
     assert sorted(found) == list(range(len(rollout.response_ids)))
     for j, row in found.items():
         own = one.table.after(rollout.response_ids[:j])
-        assert np.abs(row.numpy()[shared] - own[shared] / own[shared].sum()).max() < 1e-14
+        assert np.abs(row.numpy()[shared] - own[shared]).max() < 1e-14
+        assert row.sum().item() == pytest.approx(own[shared].sum(), abs=1e-14)
 
 
 def test_a_longer_token_counts_only_where_the_student_would_have_written_it_so():
@@ -92,8 +108,7 @@ def test_a_longer_token_counts_only_where_the_student_would_have_written_it_so()
     check(one, rollout := rollout_of(spelled(one, "00")))
     first, second = one.table.after(()), one.table.after((5,))
     rho = first[5] / (first[5] + first[9])
-    writable = second[[END, 5, 6, 7, 8, 9]].sum()
-    assert one.ask(rollout)[1][6].item() == pytest.approx(rho * second[6] / writable, abs=1e-14)
+    assert one.ask(rollout)[1][6].item() == pytest.approx(rho * second[6], abs=1e-14)
 
 
 def test_where_the_student_cut_as_its_tokenizer_does_not_nothing_is_known_until_the_teachers_token_ends():
@@ -105,12 +120,11 @@ def test_where_the_student_cut_as_its_tokenizer_does_not_nothing_is_known_until_
     assert [(q.token, q.inside, q.path, q.fresh) for q in asked] == [
         (0, None, (), 0), (1, 0, (zero,), None), (2, None, (), 1)]
     found = one.ask(rollout)
-    first = one.table.after(())
-    share = first / first[[END, *range(5, 14)]].sum()
-    assert found[0][both].item() == pytest.approx(share[[8, 10]].sum(), abs=1e-14)  # 01 and 012
-    assert found[0][zero].item() == pytest.approx(share[5], abs=1e-14)
+    first, second = one.table.after(()), one.table.after((8,))
+    assert found[0][both].item() == pytest.approx(first[[8, 10]].sum(), abs=1e-14)  # 01 and 012
+    assert found[0][zero].item() == pytest.approx(first[5], abs=1e-14)
     assert found[1].sum() == 0  # of the tokens that it writes with 0 first, none goes on
-    assert found[2].sum().item() == pytest.approx(1, abs=1e-14)
+    assert found[2].sum().item() == pytest.approx(1 - second[:END].sum(), abs=1e-14)
 
 
 def test_a_students_token_that_covers_several_of_the_teachers_is_not_asked_for():
@@ -164,8 +178,7 @@ def test_an_end_of_turn_is_asked_for_by_its_role():
     row = one.ask(rollout)[2]
     first, second = one.table.after(()), one.table.after(paper.response_ids[:1])
     rho = first[8] / first[[8, 10]].sum()  # 01 or 012
-    writable = second[[END, *range(5, 14)]].sum()
-    assert row[END].item() == pytest.approx(rho * second[END] / writable, abs=1e-14)
+    assert row[END].item() == pytest.approx(rho * second[END], abs=1e-14)
 
 
 def thinking(tokenizer, *texts, special=True):
@@ -196,10 +209,9 @@ def test_a_role_of_one_token_on_both_sides_is_one_even_where_it_is_text_to_the_t
     assert paper.response_ids == (other, 5, other)
     assert [(q.token, q.inside, q.fresh) for q in asked] == [(0, None, 0), (1, 0, 1), (2, 1, 2)]
     first = one.table.after(())
-    named = [j for j, written in enumerate(one.marginal.prefixes.written) if written]
-    assert found[0][mine].item() == pytest.approx(first[other] / first[named].sum(), abs=1e-14)
+    assert found[0][mine].item() == pytest.approx(first[other], abs=1e-14)
     second = one.table.after((other,))
-    assert found[1][mine].item() == pytest.approx(second[other] / second[named].sum(), abs=1e-14)
+    assert found[1][mine].item() == pytest.approx(second[other], abs=1e-14)
 
 
 ANSWER = "the cat sat on the mat, 12 cats: a hat? 漢é the cat"
@@ -246,22 +258,39 @@ def compared(topk, logits, kind):
     return result.divergence, states.grad
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("pieces", [TEACHER, DIGITS])
+def test_a_student_that_is_the_teacher_with_special_and_padded_tokens_is_not_pulled(pieces, kind):
+    one = case(pieces, pieces, padding=12)
+    rollout = rollout_of(spelled(one, "012#0;12##;01"))
+    asked, paper = one.queries(rollout)
+    states = one.states(paper)
+    assert len(asked) == len(states) and states.shape[1] == one.marginal.vocab
+    assert 1 - states[:, one.translator.pairs[1]].exp().sum(-1).min() > 0.5  # what has no counterpart is likely
+    topk = one.marginal.lists(asked, states, Head(torch.eye(one.table.size).double()), 1.0)
+    value, grad = compared(topk, states, kind)
+    assert value.abs().max() < 1e-12 and grad.abs().max() < 1e-12
+    value, grad = compared(topk, states.roll(1, 0), kind)  # and another student is
+    assert value.min() > 1e-3 and grad.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("silent", [1, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_student_that_flees_to_tokens_without_a_counterpart_is_called_back(kind, dtype):
-    one = case(DIGITS)
+def test_a_student_that_flees_to_tokens_without_a_counterpart_is_called_back(kind, dtype, silent):
+    one = case(DIGITS, padding=2, trained=True)
     asked, paper = one.queries(rollout_of(spelled(one, "012;0#")))
     topk = one.marginal.lists(asked, one.states(paper).to(dtype), Head(torch.eye(one.table.size, dtype=dtype)), 1.0)
     cuts = [i for i, q in enumerate(asked) if q.fresh is not None]
     topk = TopK(ids=topk.ids[cuts], logp=topk.logp[cuts])
     assert float(topk.logp.exp().sum(-1).sub(1).abs().max()) < 1e-6
     logits = torch.zeros(len(cuts), one.marginal.vocab, dtype=dtype)
-    logits[:, 1] = 12.0  # <s>, which the teacher never says
+    logits[:, silent] = 12.0  # <s>, or an id without a token, which the teacher never says
     value, grad = compared(topk, logits, kind)
     assert torch.isfinite(grad).all() and value.min() > 0.5 and value.max() < -np.log(torch.finfo(dtype).eps) + 1
     assert grad.sum(-1).abs().max() < 1e-5 and grad.abs().max() < 1.1
     if kind != "jsd":
-        assert (grad[:, 1] > 0).all() and (grad[:, 5:].sum(-1) < 0).all()
+        assert (grad[:, silent] > 0).all() and (grad[:, 5:10].sum(-1) < 0).all()
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -276,7 +305,7 @@ def test_where_nothing_is_known_nothing_is_pulled(kind):
 
 def test_a_list_of_the_whole_vocabulary_has_no_bucket():
     # a student whose every id the teacher says: as if it were compared without a list
-    one = case(DIGITS)
+    one = case(DIGITS, trained=True)
     asked, paper = one.queries(rollout_of(spelled(one, "0;1")))
     shift = {i: n for n, i in enumerate((END, *range(5, 10)))}
     prefixes = Prefixes({piece.encode(): shift[i + 5] for i, piece in enumerate(DIGITS)},
@@ -285,6 +314,7 @@ def test_a_list_of_the_whole_vocabulary_has_no_bucket():
     asked = [q._replace(path=tuple(shift[i] for i in q.path)) for q in asked if q.fresh is not None]
     topk = small.lists(asked, one.states(paper).float(), Head(torch.eye(one.table.size)), 1.0)
     assert topk.ids.shape == (3, 6) and (topk.logp > -torch.inf).all()
+    assert topk.logp.exp().sum(-1).sub(1).abs().max() < 1e-6
     logits = torch.randn(3, 6, generator=torch.manual_seed(0))
     teacher = torch.zeros(3, 6).scatter_(1, topk.ids, topk.logp)
     for kind in ("forward_kl", "reverse_kl", "jsd"):
@@ -306,6 +336,20 @@ def test_single_and_half_precision_are_summed_in_single(dtype, atol):
     dense = [torch.zeros(len(asked), one.marginal.vocab).double().scatter_(1, t.ids, t.logp.double().exp())
              for t in (found, wanted)]
     torch.testing.assert_close(*dense, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("sure", [10.0, 20.0, 60.0])
+def test_of_a_teacher_certain_of_text_that_the_student_cannot_write_the_rest_stands_for_the_whole(sure):
+    one = case(("0", "1"), ("0", "1", "x"))
+    asked, _ = one.queries(rollout_of((5,)))
+    hidden = torch.randn(50, one.table.size, generator=torch.manual_seed(0))
+    hidden[:, 7] = sure  # x
+    asked = [asked[0]._replace(fresh=j) for j in range(50)]
+    found = one.marginal.lists(asked, hidden, Head(torch.eye(one.table.size)), 1.0)
+    dense = torch.zeros(50, one.marginal.vocab).scatter_(1, found.ids, found.logp.exp())
+    rest = hidden[:, :7].double().softmax(-1)  # the same logits without it
+    torch.testing.assert_close(dense[:, 4:7].double(), rest[:, 4:], rtol=0, atol=1e-6)
+    assert not dense[:, :4].any()
 
 
 def test_lists_are_the_same_however_many_are_made_at_once(monkeypatch):

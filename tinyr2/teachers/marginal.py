@@ -163,18 +163,16 @@ class _Tree:
     order: Tensor
     tokens: Tensor
     begins: Tensor
-    first: Tensor  # (V_t,) the column of each token's first one; `vocab` where it has none
-    foreign: Tensor  # (L,) text that the student cannot write
+    first: Tensor  # (V_t,) the column of each token's first one; `vocab` where it has none, the next where it is text
 
     @classmethod
     def of(cls, prefixes: Prefixes, vocab: int, pieces: Sequence[bytes], device: torch.device) -> "_Tree":
         most = int(prefixes.tokens.max(initial=0))
         assert most < vocab, f"token {most} of a student's head with {vocab}"
-        lost = prefixes.first == LOST
-        first = np.where(lost, vocab, prefixes.first)
-        foreign = np.flatnonzero(lost & np.array([bool(piece) for piece in pieces[:len(lost)]], dtype=bool))
+        text = np.array([bool(piece) for piece in pieces], dtype=bool)
+        first = np.where(prefixes.first == LOST, vocab + text, prefixes.first)
         return cls(vocab, *(torch.from_numpy(x).to(device) for x in (
-            prefixes.order, prefixes.tokens, prefixes.begins, first, foreign)))
+            prefixes.order, prefixes.tokens, prefixes.begins, first)))
 
     def answers(self, asked: _Asked, rows: np.ndarray, prob: Tensor) -> Tensor:
         """(n, V) the probabilities of the student's next tokens; what is left to 1 is unknown.
@@ -207,7 +205,8 @@ class _Tree:
 
     def _beginning(self, prob: Tensor) -> Tensor:
         """(m, V) what the teacher's next tokens begin with; its special tokens without a counterpart are left to 1."""
-        out = prob.new_zeros(self.vocab + 1, len(prob)).index_add_(
-            0, self.first, prob[:, :len(self.first)].t())[:self.vocab].t()
-        tiny = torch.finfo(prob.dtype).tiny
-        return out / (1 - prob[:, self.foreign].sum(-1, keepdim=True)).clamp_min(tiny)
+        named, padded = prob.tensor_split([len(self.first)], -1)
+        out = prob.new_zeros(self.vocab + 2, len(prob)).index_add_(0, self.first, named.t())[:-1].t()
+        # summed: 1 less the text that the student cannot write would be lost to rounding where there is little else
+        said = out.sum(-1, keepdim=True) + padded.sum(-1, keepdim=True)
+        return out[:, :self.vocab] / said.clamp_min(torch.finfo(prob.dtype).tiny)
