@@ -206,13 +206,19 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False,
 @app.command()
 def distill(config: ConfigFile, overrides: Overrides = None, resume: Resume = False, overwrite: Overwrite = False,
             json: Json = False) -> None:
-    """Distill on-policy: a student writes, a teacher judges.
+    """Distill on-policy: a student writes, teachers judge.
+
+    `teacher` is one, `teachers` are many: a model with any tokenizer (`path`), a server (`server`), or the student
+    itself (`ema`), which may know more than the student (`privilege`). `method: data` fine-tunes on what a teacher
+    writes, `kd` and `hidden` learn from its labels and layers on given completions.
 
     Everything that can be checked without compute is checked first. SIGTERM and Ctrl-C save a checkpoint and stop.
 
     \b
-    Example:
+    Examples:
       tinyr2 distill examples/gsm8k/distill.yaml loss.divergence=forward_kl output_dir=runs/forward
+      tinyr2 distill examples/gsm8k/cross_tokenizer.yaml teacher.path=MODEL
+      tinyr2 distill examples/gsm8k/panel.yaml panel.resident=one
     """
     _train("distill", config, overrides, resume=resume, overwrite=overwrite, json=json)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.teachers.pieces import across, answers
 from tests.train.judged import member, moved, reverse, rows, same
 from tests.train.tiny import ROLLOUTS, VOCAB, qwen3, qwen3_f64
 from tinyr2.objectives.divergence import Divergence
@@ -82,18 +81,3 @@ def test_the_less_sure_the_teacher_the_more_the_hard_label_counts(budget):
 def test_two_teachers_are_weighted_on_the_soft_side_alone():
     config = KdConfig(soft_weight=0.7, hard_weight=0.2)
     same(learn(config, [member(1), member(2)]), naive(config, lambda t: (0.7, 0.2), seeds=(1, 2)))
-
-
-@pytest.mark.xfail(strict=True, reason="step._entropy reads hidden states, of which a blend has none; kd.by: entropy "
-                   "is allowed with panel.combine: average, and recommended in the message for the sum")
-def test_the_entropy_of_a_blend_is_known():
-    config = KdConfig(by="entropy")
-    learn(config, [member(1), member(2)], combine="average")
-
-
-@pytest.mark.xfail(strict=True, reason="kd.hard reads no teacher_gap: what a teacher of another vocabulary or a server "
-                   "says of spans has no effect, and the config allows it")
-def test_a_teacher_who_speaks_is_heard():
-    config, rollouts = KdConfig(), [replace(r, author="dataset") for r in answers()]
-    with_it, without = (learn(config, [member(1, view=across(), weight=w)], rollouts=rollouts) for w in (1.0, 0.0))
-    assert max(float((with_it[1][n] - without[1][n]).abs().max()) for n in with_it[1]) > 1e-6

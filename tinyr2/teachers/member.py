@@ -15,6 +15,7 @@ from tinyr2.core.packing import pack
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import Head
 from tinyr2.models.pairs import Pairs
+from tinyr2.objectives.distillation import linear
 from tinyr2.teachers.boundaries import Boundaries
 from tinyr2.teachers.marginal import Marginal
 from tinyr2.teachers.minds import Mind, Thoughts
@@ -43,7 +44,7 @@ class Seat:
 
     def weight_at(self, progress: float) -> float:
         """How much it counts when a share `progress` of the steps is done; linear."""
-        return self.weight if self.weight_end is None else self.weight + (self.weight_end - self.weight) * progress
+        return self.weight if self.weight_end is None else linear(self.weight, self.weight_end, progress)
 
     def judges(self, rollout: Rollout) -> bool:
         """Whether answers to this problem's task are its business."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinyr2.core.config import Config
 from tinyr2.core.types import Batch
-from tinyr2.objectives.distillation import by_entropy, soft_hard
+from tinyr2.objectives.distillation import by_entropy, linear, soft_hard
 from tinyr2.train.loss import Counts, Objective
 
 
@@ -37,8 +37,8 @@ class KdConfig(Config):
             return soft, self.hard_weight + self.soft_weight - soft
         if self.by == "fixed":
             return self.soft_weight, self.hard_weight
-        return (self.soft_weight + (self.soft_weight_end - self.soft_weight) * progress,
-                self.hard_weight + (self.hard_weight_end - self.hard_weight) * progress)
+        return (linear(self.soft_weight, self.soft_weight_end, progress),
+                linear(self.hard_weight, self.hard_weight_end, progress))
 
 
 def hard(kd: KdConfig, batch: Batch, counts: Counts, vocab: int, progress: float) -> Objective:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tinyr2.core.config import Config
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import TokenScores
+from tinyr2.objectives.distillation import linear
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.objectives.policy import sampled_reverse_kl, truncated_importance, weighted_nll
 from tinyr2.objectives.spans import position_weight
@@ -50,7 +51,7 @@ class LossConfig(Config):
 
     def kl_weight_at(self, progress: float) -> float:
         """The weight of the divergence when a share `progress` of the steps is done."""
-        return self.kl_weight + (self.kl_weight_end - self.kl_weight) * progress
+        return linear(self.kl_weight, self.kl_weight_end, progress)
 
 
 @dataclass(frozen=True)
