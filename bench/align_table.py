@@ -82,7 +82,8 @@ def rounded(value: Any) -> Any:
 
 def overall(pairs: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
     """Each ordered pair over all samples."""
-    lines = ["| student | teacher | exact | chunk | mapped | shared vocabulary |", "|---|---|---|---|---|---|"]
+    lines = [f"| student | teacher | {' | '.join(SIGNALS)} | shared vocabulary |",
+             f"|---|---|{'---|' * len(SIGNALS)}---|"]
     for (student, teacher), found in pairs.items():
         v = found["vocabulary"]
         lines.append(f"| {student} | {teacher} | {_cells(found)} | {v['shared']:,} "
@@ -91,12 +92,13 @@ def overall(pairs: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
 
 
 def by_kind(pairs: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    """`exact` by kind of text, for a few pairs."""
-    lines = [f"| student → teacher | {' | '.join(SAMPLES)} |", f"|---|{'---|' * len(SAMPLES)}"]
+    """`exact` and `marginal` by kind of text, for a few pairs."""
+    lines = [f"| student → teacher | | {' | '.join(SAMPLES)} |", f"|---|---|{'---|' * len(SAMPLES)}"]
     for pair in TELLING:
-        if pair in pairs:
-            shares = " | ".join(_share(pairs[pair]["kinds"][kind]["exact"]) for kind in SAMPLES)
-            lines.append(f"| {pair[0]} → {pair[1]} | {shares} |")
+        for signal in ("exact", "marginal"):
+            if pair in pairs:
+                shares = " | ".join(_share(pairs[pair]["kinds"][kind][signal]) for kind in SAMPLES)
+                lines.append(f"| {pair[0]} → {pair[1]} | {signal} | {shares} |")
     return lines
 
 

@@ -349,8 +349,9 @@ def align(
     """Show how two tokenizers line up, and what each signal keeps.
 
     Of prose, maths, code, Chinese and emoji, or of --data: the share of the student's tokens and of the bytes that
-    `exact`, `chunk` and `mapped` speak of; special tokens by role; the longest spans. With two models also
-    `chunk_debiased`, and the share of the sum of |advantage|.
+    `exact`, `chunk` and `mapped` speak of, and of which `marginal` has a distribution (the rest it treats as `chunk`);
+    special tokens by role; the longest spans. With two models also `chunk_debiased`, and the share of the sum of
+    |advantage| that lies in the spans that a signal keeps, of `marginal` in those with a distribution.
 
     \b
     Examples:

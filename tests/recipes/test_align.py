@@ -66,11 +66,11 @@ def test_two_tokenizers_are_compared_on_the_built_in_samples(world):
     for one in (found, *found["kinds"].values()):
         assert one["chunk"]["bytes"] == one["bytes_covered"] <= 1.0
         for unit in ("tokens", "bytes"):
-            assert one["mapped"][unit] <= one["exact"][unit] <= one["chunk"][unit]
+            assert one["mapped"][unit] <= one["exact"][unit] <= one["marginal"][unit] <= one["chunk"][unit]
     assert found["exact"]["tokens"] == pytest.approx(
         sum(k["exact"]["tokens"] * k["size"]["student_tokens"] for k in found["kinds"].values())
         / found["size"]["student_tokens"])
-    assert f"{100 * found['exact']['tokens']:.1f} / {100 * found['exact']['bytes']:.1f}" in shown
+    assert f"{100 * found['exact']['tokens']:.1f}/{100 * found['exact']['bytes']:.1f}" in shown
     for text in ("mapped vocabulary: ", "special tokens by role:", "longest spans:", "\nemoji:\nA ┃"):
         assert text in shown
 
@@ -78,7 +78,7 @@ def test_two_tokenizers_are_compared_on_the_built_in_samples(world):
 def test_one_tokenizer_on_both_sides_is_said_to_be_one(world):
     found, shown = run(student=str(world / "small"), teacher=str(world / "small"))
     whole = {"tokens": 1.0, "bytes": 1.0}
-    assert (found["same"], found["exact"], found["mapped"]) == (True, whole, whole)
+    assert (found["same"], found["exact"], found["mapped"], found["marginal"]) == (True, whole, whole, whole)
     assert (found["worst"], found["lost"]) == ([], [])
     assert "A and B are one tokenizer: every token has a partner" in shown
 
@@ -100,9 +100,9 @@ def test_texts_come_from_a_file_and_the_kind_is_its_name(world, tmp_path):
     assert found["size"]["bytes"] == len("".join(wanted))
 
 
-def reference(world: Path, signal: str, max_bias: float = 0.0) -> dict[str, float]:
+def reference(world: Path, signal: str, max_bias: float = 0.0, **sides: str) -> dict[str, float]:
     """The same shares from whole logits, answer by answer and span by span."""
-    raw = answers(world)["models"]
+    raw = answers(world, **sides)["models"]
     config = configs.build(align_models.ModelsConfig, raw, "models")
     (student, mine), (teacher, theirs) = (
         (load_model(m, torch.device("cpu")), load_tokenizer(m)) for m in (config.student, config.teacher))
@@ -122,6 +122,7 @@ def reference(world: Path, signal: str, max_bias: float = 0.0) -> dict[str, floa
         sizes = [len(translator.student.pieces[i]) for i in r.response_ids]
         total += [len(sizes), sum(sizes)]
         sums += counted(spans, signal, ours, said, np.array(sizes))
+        sums[0] += beside(spans, sizes) if signal == "marginal" else 0
     return {"tokens": sums[0] / total[0], "bytes": sums[1] / total[1], "spans": sums[2], "advantage": sums[3]}
 
 
@@ -136,9 +137,16 @@ def scored(model, prompt, response, pieces) -> tuple[np.ndarray, np.ndarray]:
             np.array([np.exp(logp[k, ids]).sum() for k, ids in enumerate(longer)]))
 
 
+def beside(spans: Spans, sizes: list[int]) -> int:
+    """Special tokens without a counterpart: what the teacher says next belongs in their place, if it says more."""
+    return sum(k < 0 and size == 0 and bool((spans.student[i:] >= 0).any())
+               for i, (k, size) in enumerate(zip(spans.student, sizes, strict=True)))
+
+
 def counted(spans: Spans, signal: str, ours, said, sizes) -> np.ndarray:
-    kept = [k for k in range(spans.count) if signal != "exact"
-            or ((spans.student == k).sum() == 1 and (spans.teacher == k).sum() == 1)]
+    many = np.array([[(side == k).sum() != 1 for side in (spans.student, spans.teacher)] for k in range(spans.count)])
+    kept = [k for k in range(spans.count) if not (many[k].any() if signal == "exact"
+                                                  else many[k, 1] and signal == "marginal")]
     inside = np.isin(spans.student, kept)
     gaps = [said[spans.teacher == k].sum() - ours[spans.student == k].sum() for k in kept]
     return np.array([inside.sum(), sizes[inside].sum(), len(kept), np.abs(gaps).sum()])
@@ -159,6 +167,18 @@ def test_the_shares_of_a_students_answers_are_those_of_whole_logits(world):
     assert found["mapped"]["advantage"] <= found["exact"]["advantage"]
 
 
+@pytest.mark.parametrize("sides", [{}, {"student": "other", "teacher": "small"}])
+def test_marginal_is_counted_where_the_teacher_has_a_distribution(world, sides):
+    found, shown = run(**answers(world, **sides))
+    chunk, wanted = reference(world, "chunk", **sides), reference(world, "marginal", **sides)
+    assert found["models"]["marginal"] == pytest.approx({
+        "tokens": wanted["tokens"], "bytes": wanted["bytes"], "spans": wanted["spans"] / chunk["spans"],
+        "advantage": wanted["advantage"] / chunk["advantage"]}, rel=1e-4)
+    assert "(marginal: with a distribution)" in shown
+    if sides:  # a student with longer tokens than the teacher
+        assert found["models"]["exact"]["advantage"] <= found["models"]["marginal"]["advantage"] < 1
+
+
 def test_a_teacher_that_is_the_student_has_no_advantage_to_share(world, monkeypatch):
     """Of text as the tokenizer itself would write it; random weights write other tokenizations of their bytes."""
 
@@ -172,8 +192,8 @@ def test_a_teacher_that_is_the_student_has_no_advantage_to_share(world, monkeypa
     found, shown = run(**answers(world, teacher="small"))
     assert found["same"]
     assert found["models"]["mean_abs_advantage"] == 0.0
-    assert [found["models"][s]["advantage"] for s in align_models.SIGNALS] == [None] * 4
-    assert [found["models"][s]["tokens"] for s in align_models.SIGNALS] == [1.0] * 4
+    assert [found["models"][s]["advantage"] for s in align_models.SIGNALS] == [None] * 5
+    assert [found["models"][s]["tokens"] for s in align_models.SIGNALS] == [1.0] * 5
     assert "–" in shown
 
 

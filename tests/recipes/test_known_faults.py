@@ -37,7 +37,7 @@ Groups
 
 Where an answer ends
   Padding has the id of the end token, and so the end is masked:
-    data/test_packing.py::test_an_end_token_that_is_also_padding_is_learned
+    core/test_packing.py::test_an_end_token_that_is_also_padding_is_learned
     tokens/test_chat.py::test_real_pad_equal_to_eos_still_ends_every_response_with_eos
   What follows the end counts as the answer, so that all are equally long:
     recipes/test_known_faults.py::test_an_answer_ends_at_its_first_end_token_and_answers_differ_in_length
@@ -51,7 +51,7 @@ Where an answer ends
     models/test_packed.py::test_a_row_alone_and_packed_have_the_same_hidden_states
     recipes/test_known_faults.py::test_positions_that_are_learned_begin_anew_in_every_row
   Prompts or answers are padded on the wrong side:
-    data/test_packing.py::test_a_pack_of_two_is_what_the_docstring_of_batch_says
+    core/test_packing.py::test_a_pack_of_two_is_what_the_docstring_of_batch_says
   Rows of a pack see each other:
     models/test_packed.py::test_changing_one_row_leaves_the_others_bit_identical
   An answer that was cut off counts as one that ended:

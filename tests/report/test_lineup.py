@@ -7,6 +7,7 @@ from rich.cells import cell_len
 
 from tests.tokens.makers import MADE, of_pieces, tokenizer_of
 from tinyr2.report.lineup import WIDTH, lineup_lines, lineup_table, roles_lines, shown, worst_lines
+from tinyr2.report.table import to_text
 from tinyr2.tokens.lineup import compare, line_up, lost_bytes, roles, vocabulary, worst
 from tinyr2.tokens.samples import SAMPLES
 from tinyr2.tokens.translate import Translator
@@ -64,9 +65,17 @@ def test_the_table_has_a_row_for_each_kind_and_one_for_all():
     found = compare(line_up(translator, [("one", "abx"), ("two", "xx")]))
     table = lineup_table(found)
     assert [row.name for row in table.rows] == ["one", "two", "all"]
-    assert table.columns == ("bytes", "of A", "of B", "exact", "chunk", "mapped")
-    assert table.rows[0].cells == ("3", "2", "3", "50.0 / 33.3", "100.0 / 100.0", "50.0 / 33.3")
+    assert table.columns == ("of A", "of B", "exact", "chunk", "mapped", "marginal")
+    assert table.rows[0].cells == ("2", "3", "50.0/33.3", "100/100", "50.0/33.3", "50.0/33.3")
     assert len(lineup_table(compare(line_up(translator, [("one", "abx")]))).rows) == 1
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("bytes", "bytes"), ("bytes", "wordpiece")])
+def test_the_table_of_the_samples_fits_a_terminal_of_80_cells(student, teacher):
+    translator = Translator(tokenizer_of(student), tokenizer_of(teacher))
+    title, *lines = to_text(lineup_table(compare(line_up(translator, [*SAMPLES.items()])))).splitlines()
+    assert cell_len(title) < 80
+    assert max(map(cell_len, lines)) <= 76  # drawn with rims it is 4 wider
 
 
 def test_vocabulary_roles_losses_and_longest_spans_are_told_in_lines():

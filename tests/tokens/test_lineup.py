@@ -5,6 +5,9 @@ import pytest
 
 from tests.tokens.makers import MADE, byte_level, of_pieces, sentencepiece, tokenizer_of, wordpiece
 from tinyr2.core.errors import DataError
+from tinyr2.core.types import Message, Problem, Rollout
+from tinyr2.teachers.marginal import Marginal
+from tinyr2.teachers.views import Paper
 from tinyr2.tokens.lineup import (
     compare,
     line_up,
@@ -32,6 +35,8 @@ def test_shares_are_those_counted_by_hand():
     found = shares(line_up(pieces(), [("k", "abcdxabx")]))
     assert found["exact"] == found["mapped"] == {"tokens": 2 / 6, "bytes": 2 / 8}
     assert found["chunk"] == {"tokens": 1.0, "bytes": 1.0}
+    # and c|d is the teacher's cd, where it has a distribution over either; of ab, two of its tokens, it has none
+    assert found["marginal"] == {"tokens": 4 / 6, "bytes": 4 / 8}
     assert found["bytes_covered"] == 1.0
     assert found["size"] == {"texts": 1, "bytes": 8, "student_tokens": 6, "teacher_tokens": 7}
 
@@ -49,7 +54,7 @@ def test_a_tokenizer_lines_up_with_itself_one_to_one(kind):
     translator = Translator(tokenizer_of(kind), tokenizer_of(kind))
     found = shares(line_up(translator, [("k", "the cat sat on the mat"), ("k", "12 cats")]))
     whole = {"tokens": 1.0, "bytes": 1.0}
-    assert (found["exact"], found["chunk"]) == (whole, whole)
+    assert (found["exact"], found["chunk"], found["marginal"]) == (whole, whole, whole)
     assert vocabulary(translator)["shared"] > 0
     assert worst(line_up(translator, [("k", "the cat")]), translator) == []
 
@@ -60,6 +65,19 @@ def test_a_first_token_without_its_space_is_exact_but_not_mapped():
     one, = line_up(translator, [("k", "the cat")])
     assert one.spans.kept("exact").tolist()[0]
     assert not one.mapped[0]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_marginal_keeps_what_it_would_ask_for_of_an_answer_with_the_same_tokens(student, teacher):
+    translator = Translator(tokenizer_of(student), tokenizer_of(teacher))
+    ours, theirs = translator.student, translator.teacher
+    marginal = Marginal(translator.prefixes, ours.pieces, theirs.pieces, ours.vocab)
+    for one in line_up(translator, [*SAMPLES.items()]):
+        rollout = Rollout(problem=Problem(id="0", task="t", messages=(Message("user", "0"),), answer=""), group=0,
+                          sample=0, author="student", prompt_ids=(), response_ids=one.student.ids, finish="length")
+        paper = Paper(prompt_ids=(), response_ids=one.teacher.ids, spans=one.spans, opened=len(one.student.ids))
+        asked = [query.token for query in marginal.queries(rollout, paper, 0, 0)]
+        assert one.kept("marginal").nonzero()[0].tolist() == asked
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)

@@ -31,6 +31,7 @@ class NetConfig(Config):
     max_retries: int = Field(6, ge=0)
     backoff: float = Field(0.5, ge=0.0)  # the longest first pause; it doubles from try to try
     max_backoff: float = Field(30.0, ge=0.0)
+    # for one server and run; after a resume only the answers that were kept count as spent
     budget_requests: int | None = Field(None, ge=1)
     budget_tokens: int | None = Field(None, ge=1)
 

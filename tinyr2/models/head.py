@@ -21,7 +21,8 @@ from tinyr2.models.sweep import Chunk, Job, TokenScores
 from tinyr2.models.topk import TopK
 from tinyr2.objectives.divergence import Divergence
 
-__all__ = ["Blend", "Head", "HeadResult", "Objective", "Pairs", "TokenScores", "TopK", "head_of", "logits_of", "run"]
+__all__ = ["Blend", "Head", "HeadResult", "Objective", "Pairs", "TokenScores", "TopK", "head_of", "logits_of", "run",
+           "score_tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,12 @@ def _check(count: int, vocab: int, blend: Blend | None, topk: TopK | None, pairs
         topk.check(count, vocab)
         if divergence is not None:
             topk.check_divergence(divergence)
+
+
+@torch.no_grad()
+def score_tokens(hidden: Tensor, head: Head, targets: Tensor, *, temperature: float = 1.0) -> HeadResult:
+    """`run` without a loss: the log-probs of the N targets, and the entropies at their places."""
+    return run(hidden.detach(), head, targets, lambda s: s.learner_logp.new_zeros(()), temperature=temperature)
 
 
 def _sweep(job: Job, objective: Objective, chunk_elements: int) -> tuple[HeadResult, list[Tensor | None]]:

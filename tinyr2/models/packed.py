@@ -273,3 +273,14 @@ def _listening(body: nn.Module, layers: Collection[int]) -> Iterator[dict[int, T
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """In eval mode, as it was sampled from; and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,7 +1,8 @@
 """What a teacher with another tokenizer says of a student's answers, by signal: the second half of `tinyr2 align`.
 
 In: two models, their tokenizers and problems. Out: of each signal the share of the answers' tokens, bytes and spans
-that it keeps, and of the sum of |advantage|.
+that it keeps, and of the sum of |advantage|. `marginal` treats every span, with a distribution or as `chunk` does; it
+is counted where there is a distribution.
 """
 
 from collections import defaultdict
@@ -20,7 +21,7 @@ from tinyr2.core.errors import ConfigError, DataError
 from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.data.problems import DataConfig, load_problems
-from tinyr2.models.head import TokenScores, head_of, run
+from tinyr2.models.head import head_of, score_tokens
 from tinyr2.models.load import ModelConfig, context_length, load_model, pick_device
 from tinyr2.models.pairs import Pairs
 from tinyr2.recipes.setup import policy_of
@@ -30,6 +31,7 @@ from tinyr2.rollouts.sample import sample
 from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.teachers.boundaries import Boundaries, Order
 from tinyr2.teachers.local import hire
+from tinyr2.teachers.marginal import Marginal
 from tinyr2.teachers.member import Member, Seat, Signal
 from tinyr2.teachers.minds import Mind, Resident, Thoughts
 from tinyr2.teachers.opinion import Opinion
@@ -39,7 +41,7 @@ from tinyr2.tokens.byte_order import byte_order
 from tinyr2.tokens.translate import Translator
 from tinyr2.train.step import Learner, predicting
 
-SIGNALS: tuple[Signal, ...] = ("exact", "chunk", "chunk_debiased", "mapped")
+SIGNALS: tuple[Signal, ...] = ("exact", "chunk", "chunk_debiased", "mapped", "marginal")
 UNITS = ("tokens", "bytes", "spans", "advantage")
 TOKENS = 16384  # of a micro-batch
 
@@ -87,7 +89,9 @@ def compare_models(config: ModelsConfig, translator: Translator,
     """The student answers, the teacher reads; prints the table and returns the shares (0 to 1) by signal.
 
     `advantage`: of the sum over spans of |log p_teacher − log p_student|, each span once, relative to `chunk`, which
-    has every span; None where that sum is 0. Answers that do not fit the teacher's context are left out.
+    has every span; None where that sum is 0. Of `marginal`: `tokens` and `bytes` are those with a distribution, special
+    tokens that the teacher has no counterpart for included; `spans` and `advantage` are of the spans that have one.
+    Answers that do not fit the teacher's context are left out.
     ConfigError: a model with fewer ids than its tokenizer. DataError: no answer fits.
     """
     problems, device = load_problems(config.data), pick_device(config.device)
@@ -129,18 +133,22 @@ def _load(config: ModelConfig, written: int, device: torch.device) -> nn.Module:
 
 
 def _member(signal: Signal, config: ModelsConfig, view: View, mind: Mind, device: torch.device) -> Member:
-    # a special token that the teacher has no counterpart for is kept by no signal, so nothing is to be said of it
+    # a special token that the teacher has no counterpart for is in no span, so nothing is to be said of it
     seat = Seat(name=signal, signal=signal, temperature=config.sampling.temperature, never=float("nan"))
     return Member(seat, view, mind, _aid(signal, view.translator, config.max_bias, device))
 
 
-def _aid(signal: Signal, translator: Translator, max_bias: float, device: torch.device) -> Pairs | Boundaries | None:
+def _aid(signal: Signal, translator: Translator, max_bias: float,
+         device: torch.device) -> Pairs | Boundaries | Marginal | None:
+    ours, theirs = translator.student, translator.teacher
     if signal == "mapped":
         return Pairs(*(torch.from_numpy(ids).to(device) for ids in translator.pairs))
     if signal == "chunk_debiased":
         orders = [Order(*(torch.from_numpy(part).to(device) for part in byte_order(side.pieces)))
-                  for side in (translator.student, translator.teacher)]
+                  for side in (ours, theirs)]
         return Boundaries(*orders, threshold=max_bias)
+    if signal == "marginal":
+        return Marginal(translator.prefixes, ours.pieces, theirs.pieces, ours.vocab)
     return None
 
 
@@ -157,26 +165,33 @@ def _sums(learner: Learner, panel: Panel, rollouts: Sequence[Rollout], translato
         batch = pack(some, device)
         states = predicting(learner, batch)
         opinions = {o.name: o for o in panel(some, batch, states)}
-        logp = run(states, head, batch.targets, _no_loss, temperature=temperature).learner_logp
+        logp = score_tokens(states, head, batch.targets, temperature=temperature).learner_logp
         sizes = torch.from_numpy(np.concatenate([_sizes(r, translator) for r in some])).to(device)
         _add(sums["all"], torch.ones_like(sizes, dtype=torch.bool), sizes)
         for name, opinion in opinions.items():
-            span = _compared(opinions, batch, shared) if name == "mapped" else _known(opinion)
+            kept, span = _kept(opinion, opinions["chunk"], shared[batch.targets])
             gaps = _gaps(opinion.spoken.logp, span, logp)
-            _add(sums[name], span >= 0, sizes)
+            _add(sums[name], kept, sizes)
             sums[name]["spans"] += len(gaps)
             sums[name]["advantage"] += float(gaps.abs().sum())
     return sums
 
 
-def _compared(opinions: Mapping[str, Opinion], batch: Batch, shared: Tensor) -> Tensor:
-    """(N,) the span of each token whose distributions `mapped` compares, and that both vocabularies have."""
-    span, whole = _known(opinions["chunk"]), opinions["mapped"].whole
-    if whole is None:
-        return torch.full_like(span, -1)
-    kept = torch.zeros_like(span, dtype=torch.bool)
-    kept[whole.at] = shared[batch.targets[whole.at]]
-    return span.where(kept, -1)
+def _kept(opinion: Opinion, chunk: Opinion, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """((N,) bool, the tokens that a signal keeps; (N,) their spans, -1 for other tokens and where there is none).
+
+    Of `mapped` and `marginal` these are the tokens with a distribution, of `mapped` those in both vocabularies: shared
+    (N,) bool.
+    """
+    if opinion.name not in ("mapped", "marginal"):
+        span = _known(opinion)
+        return span >= 0, span
+    kept = torch.zeros_like(shared)
+    if opinion.whole is not None:
+        kept[opinion.whole.at] = True
+    if opinion.name == "mapped":
+        kept &= shared
+    return kept, _known(chunk).where(kept, -1)
 
 
 def _known(opinion: Opinion) -> Tensor:
@@ -212,9 +227,5 @@ def _show(result: Mapping[str, Any], console: Console) -> None:
     rows = tuple(Row(signal, tuple("–" if result[signal][unit] is None else f"{result[signal][unit]:.1%}"
                                    for unit in UNITS)) for signal in SIGNALS)
     console.table(Table(("tokens", "bytes", "spans", "Σ|advantage|"), rows,
-                        f"{result['answers']:,} answers, {result['tokens']:,} tokens: what each signal keeps; spans "
-                        "and Σ|advantage| beside chunk's"))
-
-
-def _no_loss(scores: TokenScores) -> Tensor:
-    return scores.learner_logp.new_zeros(())
+                        f"{result['answers']:,} answers, {result['tokens']:,} tokens: what each signal keeps "
+                        "(marginal: with a distribution); spans and Σ|advantage| beside chunk's"))

@@ -35,6 +35,10 @@ def check_translation(part: Part, student: ModelFiles, teacher: ModelFiles) -> I
     yield from rendered
     if any(f.level == "fault" for f in rendered):
         return
+    endless = _check_end(teacher, translator)
+    if endless is not None:
+        yield endless
+        return
     tokens = paired = total = lost = 0
     for problem in part.problems[:COMPARED]:
         answer = (problem.completion or (Message("assistant", problem.messages[-1].content),))[0]
@@ -59,3 +63,15 @@ def check_translation(part: Part, student: ModelFiles, teacher: ModelFiles) -> I
                       "lossy normalizer reads everything")
     else:
         yield Finding("ok", name, f"{told}, every byte is read")
+
+
+def _check_end(teacher: ModelFiles, translator: Translator) -> Finding | None:
+    try:
+        end = translator.roles.end
+    except DataError as error:
+        return fault_of(f"{teacher.key}.tokenizer", error)
+    if end is not None:
+        return None
+    return Finding("fault", f"{teacher.key}.tokenizer", "the teacher has neither an EOS token nor an end of turn in "
+                   "its chat template, so its student would be taught never to stop",
+                   "set eos_token in its tokenizer_config.json")

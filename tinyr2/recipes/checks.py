@@ -51,7 +51,8 @@ def check_training(setup: Setup) -> list[Finding]:
         found += _check_pair(setup, other)
     # without a usable template every row would fail in the same way
     usable = student.tokenizer if _sound(template) else None
-    windows = [Window(m.role, n) for m in models if m.config is not None and (n := context_length(m.config))]
+    windows = [Window(m.role, n) for m in models
+               if m.config is not None and not m.translated and (n := context_length(m.config))]
     for part in setup.parts:
         found += check_part(part, usable, min(windows, key=lambda w: w.tokens, default=None))
     return [*found, *template, *check_rewards(setup), *held_out_overlap(setup.parts)]

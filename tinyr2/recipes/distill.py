@@ -11,6 +11,7 @@ import torch
 
 from tinyr2.core.types import Problem
 from tinyr2.data.problems import fingerprint as data_fingerprint
+from tinyr2.data.retrieval import Corpus
 from tinyr2.eval.suite import EvalConfig, evaluate
 from tinyr2.models.load import ModelConfig, load_model, save_model
 from tinyr2.recipes import setup
@@ -91,13 +92,18 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     """Run it; returns what `--json` prints."""
     refuse_taken(Path(config.output_dir), resume=resume, overwrite=overwrite)
     if overwrite:
-        refuse_own_input(Path(config.output_dir), [config.student.path, *(t.path for t in config.staff if t.path),
-                                                    *config.trained_on.files])
+        shown = [t.privilege for t in config.staff if t.privilege is not None]
+        refuse_own_input(Path(config.output_dir), [
+            config.student.path, *(t.path for t in config.staff if t.path), *config.trained_on.files,
+            *(path for p in shown for path in (p.corpus, p.embedder) if path)])
     found = read_setup(config)
     inputs = checked_inputs(found, console)
     if config.method == "data":
-        _meet_servers(config, found)
-        writer = _writer(config, inputs)
+        meet_servers(config, files_of(config, found), config.teaching_temperature)
+        writer = _writer(config, found, inputs)
+        if config.compare_problems and inputs.rewards and inputs.held_out:
+            console.note(f"{config.staff[0].name} is not compared with the student before the first step: the rewards "
+                         "judge each answer that it writes")
         return distill_data(config, inputs, writer, console, resume=resume, overwrite=overwrite)
     train = guarded_train(config, inputs)
     device = setup.choose_device(config.device, config.train)
@@ -107,7 +113,7 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     learner = setup.learner_of(model, inputs.vocab, device, config.train)
     student = setup.policy_of(model, inputs.tokenizer, inputs.vocab, exact=config.train.deterministic,
                               dtype=setup.decode_dtype(config.rollout.dtype, learner))
-    _meet_servers(config, found)
+    meet_servers(config, files_of(config, found), config.teaching_temperature)
     if not resume:
         _compare(config, found, inputs, student, learner, console)
     return _carry_out(config, train, found, inputs, (learner, student), console, resume=resume, overwrite=overwrite)
@@ -131,35 +137,33 @@ def _carry_out(config: DistillConfig, train: TrainConfig, found: Setup, inputs: 
             run.at_end(partial(staff.tell, run))
             work = Distillation(config, inputs, staff, learner, student)
             module, optimizer = staff.pupil(learner.model, config)
-            state = setup.restore(run, module, train, _identity(config, inputs), resume, optimizer)
+            state = setup.restore(run, module, train, _identity(config, found, inputs), resume, optimizer)
             return setup.carry_out(run, work, state, train_config=train, evaluates=bool(inputs.held_out),
                                    save=partial(save_model, learner.model, inputs.tokenizer))
         finally:
             staff.close()
 
 
-def _meet_servers(config: DistillConfig, found: Setup) -> None:
-    """Servers that are not there, or others than configured, are the user's fault: before anything is made."""
-    temperature = config.rollout.temperature if config.kd is None else config.kd.temperature
-    meet_servers(config, files_of(config, found), temperature)
-
-
-def _writer(config: DistillConfig, inputs: Inputs) -> Writer:
+def _writer(config: DistillConfig, found: Setup, inputs: Inputs) -> Writer:
     """Who writes for data distillation."""
     (teacher,), choices = config.staff, config.data_distillation
     if teacher.chat is not None:
         return Scribe(teacher, choices, config.train.seed, inputs, Path(config.output_dir)).writer
-    return local_writer(teacher.model, choices, config.train.seed, setup.choose_device(config.device, config.train))
+    writer = local_writer(teacher.model, choices, config.train.seed, setup.choose_device(config.device, config.train))
+    return replace(writer, facts={**writer.facts, "teacher_tokenizer": fingerprint(found.teachers[0].tokenizer)})
 
 
 def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Policy, learner: Learner,
              console: Console) -> None:
-    """Held-out problems, answered by the student and by each teacher that is loaded here; worse ones are told of."""
+    """Held-out problems, answered by the student and by each teacher that can answer them; worse ones are told of."""
     if not (config.compare_problems and inputs.rewards and inputs.held_out):
         return
+    left_out = []
     for teacher, files in zip(config.staff, files_of(config, found), strict=True):
         problems = [p for p in inputs.held_out if teacher.tasks is None or p.task in teacher.tasks]
-        if teacher.path is None or not problems:
+        reason = _incomparable(teacher, problems)
+        if reason is not None:
+            left_out.append(f"{teacher.name} ({reason})")
             continue
         model = load_model(teacher.model, next(learner.model.parameters()).device)
         size = model.config.get_text_config().vocab_size
@@ -170,19 +174,35 @@ def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Polic
                      f"problems, the student {ours:.1%}")
         for warning in worse_teachers({teacher.name: theirs}, ours):
             console.note(f"warning: {warning}")
+    if left_out:
+        console.note(f"not compared with the student before the first step: {', '.join(left_out)}")
+
+
+def _incomparable(teacher: TeacherConfig, problems: list[Problem]) -> str | None:
+    """Why its own answers to held-out problems would say nothing, or cannot be had; None where they can."""
+    if teacher.privilege is not None:
+        return "it judges by what the problems do not say"
+    if teacher.path is None:
+        return "the student itself" if teacher.ema is not None else "a server that scores, and does not write"
+    return None if problems else "no held-out problem is of its tasks"
 
 
 def _solved(policy: Policy, problems: list[Problem], inputs: Inputs, config: EvalConfig) -> float:
-    greedy = config.model_copy(update={"num_generations": 1, "k": (1,), "num_problems": None})
+    greedy = config.model_copy(update={"num_generations": 1, "k": (1,), "num_problems": None, "temperature": 0.0})
     with torch.no_grad():
         return evaluate(policy, problems, inputs.rewards, greedy).pass_at[1].value
 
 
-def _identity(config: DistillConfig, inputs: Inputs) -> dict[str, str]:
+def _identity(config: DistillConfig, found: Setup, inputs: Inputs) -> dict[str, str]:
     # a server may have moved; its weights are known by its journal
     teachers = ",".join(setup.model_fingerprint(t.path) if t.path else t.server.model if t.server else t.source
                         for t in config.staff)
+    tokenizers = ",".join(fingerprint(m.tokenizer) for m in found.teachers)
+    shown = [t.privilege for t in config.staff if t.privilege is not None and t.privilege.corpus is not None]
+    corpora = ",".join(Corpus.read(p.corpus).fingerprint + (setup.model_fingerprint(p.embedder) if p.embedder else "")
+                       for p in shown)
     return {"config": identity(config), "data": data_fingerprint(inputs.problems),
             "eval_data": data_fingerprint(inputs.held_out),
             "tokenizer": fingerprint(inputs.tokenizer), "student": setup.model_fingerprint(config.student.path),
-            "teacher": teachers, "rewards": setup.code_fingerprint([r.file for r in config.rewards if r.file])}
+            "teacher": teachers, "teacher_tokenizers": tokenizers, "corpora": corpora,
+            "rewards": setup.code_fingerprint([r.file for r in config.rewards if r.file])}

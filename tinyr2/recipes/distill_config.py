@@ -1,8 +1,10 @@
 """What `tinyr2 distill` can be told: who writes, who judges, and what the student makes of it."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tinyr2.core.config import Config
 from tinyr2.data.mixture import MixtureConfig
@@ -36,7 +38,8 @@ class TeacherConfig(Config):
     chat: ChatConfig | None = None  # a server that gives text and nothing else; for method: data
     # the student's own weights: 0 as they are now, 1 as they were at the start, between them a moving average's decay
     ema: float | None = Field(None, ge=0.0, le=1.0)
-    name: str | None = None  # in metrics and messages; None: teacher, or teacher0, teacher1, …
+    # in metrics, messages and file names: letters, digits, _ . -; None: teacher, or teacher0, teacher1, …
+    name: str | None = None
     tasks: tuple[str, ...] | None = None  # whose answers it judges, by the problems' task; None: all
     weight: float = Field(1.0, ge=0.0)
     weight_end: float | None = Field(None, ge=0.0)  # the weight goes there linearly; None: it stays
@@ -46,6 +49,13 @@ class TeacherConfig(Config):
     signal: Signal = "auto"
     max_bias: float = Field(0.1, ge=0.0, le=1.0)  # chunk_debiased: probability that a span's boundary may rule out
     roles: dict[str, tuple[str, str]] = {}  # special tokens by role, the student's and its own: think_open, think_close
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_file(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"{name!r} becomes a file's name; use letters, digits, _ . and -, a letter or digit first")
+        return name
 
     @model_validator(mode="after")
     def _one_kind(self) -> "TeacherConfig":
@@ -130,16 +140,28 @@ class DistillConfig(Config):
         return tuple(t.model_copy(update={"name": t.name or f"teacher{i}"}) for i, t in enumerate(self.teachers))
 
     @property
+    def teaching_temperature(self) -> float:
+        """Of both sides' distributions, where teachers judge."""
+        return self.rollout.temperature if self.kd is None else self.kd.temperature
+
+    @property
     def guarding(self) -> GuardConfig | None:
         """The guard that stands: the configured one, or the usual one where the student teaches itself."""
-        itself = any(t.ema is not None and t.privilege is not None for t in self.staff)
+        itself = any(t.privilege is not None and self._is_student(t) for t in self.staff)
         return self.guard or (GuardConfig() if itself else None)
+
+    def _is_student(self, teacher: TeacherConfig) -> bool:
+        """Whether its weights are the student's, as they are, were at the start, or lie in the same folder."""
+        if teacher.path is None:
+            return teacher.ema is not None
+        mine, other = self.student.path, teacher.path
+        return mine == other or Path(mine).expanduser().resolve() == Path(other).expanduser().resolve()
 
     @model_validator(mode="after")
     def _choices_fit(self) -> "DistillConfig":
         if self.data_distillation is not None:
             check_choices(self.data_distillation, self.rewards)
-        for wrong, message in (*self._writing(), *self._judging(), *self._other_ways()):
+        for wrong, message in (*self._writing(), *self._judging(), *self._labelling(), *self._other_ways()):
             if wrong:
                 raise ValueError(message)
         return self
@@ -168,7 +190,7 @@ class DistillConfig(Config):
 
     def _judging(self) -> list[tuple[bool, str]]:
         staff, names = self.staff, [t.name for t in self.staff]
-        tempered = self.rollout.temperature if self.kd is None else self.kd.temperature
+        tempered = self.teaching_temperature
         key, does = ("rollout.temperature", "samples") if self.kd is None else ("kd.temperature", "compares")
         lists = any(t.server is not None and t.server.top_k for t in staff)
         tempers = any(t.server is not None and t.server.engine in ("vllm", "sglang") for t in staff)
@@ -194,11 +216,35 @@ class DistillConfig(Config):
              "rollout.num_teacher_generations: one teacher with a path writes; give exactly that"),
         ]
 
+    @property
+    def _reads_other(self) -> bool:
+        """Whether a teacher reads less, more or otherwise than the student."""
+        return any(t.tasks is not None or t.privilege is not None or t.prompt == "own" for t in self.staff)
+
+    def _labelling(self) -> list[tuple[bool, str]]:
+        if self.kd is None:
+            return []
+        servers, by_entropy = [t.server for t in self.staff if t.server is not None], self.kd.by == "entropy"
+        return [
+            (any(s.top_k == 0 for s in servers),
+             "kd compares distributions, and this server gives the log-probs of the data's tokens alone; set "
+             "server.top_k to 20 or so, or load the teacher here with path"),
+            (by_entropy and bool(servers),
+             "kd.by: entropy needs the teacher's whole distribution, which a server does not give; take fixed or "
+             "linear"),
+            (self.rollout.lmbda > 0 or self.loss.level == "sequence",
+             "kd has hard labels, which only the data's completions give; set rollout.lmbda=0 and loss.level=token"),
+            (len(self.staff) > 1 and by_entropy,
+             "kd.by: entropy asks how sure one teacher is; take one teacher, or kd.by: fixed or linear"),
+            (by_entropy and self._reads_other,
+             "kd.by: entropy asks how sure one teacher is of every token, where the student reads it; leave out tasks, "
+             "privilege and prompt: own, or take kd.by: fixed or linear"),
+        ]
+
     def _other_ways(self) -> list[tuple[bool, str]]:
         staff = self.staff
         plain = len(staff) == 1 and staff[0].path is not None and staff[0].privilege is None
         data, written = self.method == "data", len(staff) == 1 and staff[0].chat is not None
-        servers = [t.server for t in staff if t.server is not None]
         visits, skips = self.panel.resident == "one", any(
             t.privilege is not None and t.privilege.without == "skip" for t in staff)
         return [
@@ -210,22 +256,12 @@ class DistillConfig(Config):
              "judge the same answers; set privilege.without=plain, or panel.combine=sum"),
             (any(t.name == "start" for t in staff), "a teacher cannot be called start: that is the guard's own, the "
              "student as it began; choose another name"),
-            (self.kd is not None and any(s.top_k == 0 for s in servers),
-             "kd compares distributions, and this server gives the log-probs of the data's tokens alone; set "
-             "server.top_k to 20 or so, or load the teacher here with path"),
-            (self.kd is not None and self.kd.by == "entropy" and bool(servers),
-             "kd.by: entropy needs the teacher's whole distribution, which a server does not give; take fixed or "
-             "linear"),
             (not data and any(t.chat is not None for t in staff),
              "chat: such a server gives text and nothing else; set method: data with data_distillation, or give a "
              "server that scores"),
-            (self.kd is not None and (self.rollout.lmbda > 0 or self.loss.level == "sequence"),
-             "kd has hard labels, which only the data's completions give; set rollout.lmbda=0 and loss.level=token"),
-            (self.kd is not None and len(staff) > 1 and self.kd.by == "entropy",
-             "kd.by: entropy asks how sure one teacher is; take one teacher, or kd.by: fixed or linear"),
-            (self.hidden is not None and not plain,
+            (self.hidden is not None and (not plain or self._reads_other),
              "hidden compares the layers of one teacher that is loaded here and reads what the student reads; give one "
-             "teacher with a path and without privilege"),
+             "teacher with a path and without privilege, tasks or prompt: own"),
             (data and not (plain or written),
              "method: data needs one teacher that writes: a path, or a chat; and it has no privilege"),
             (data and self.mixture is not None,

@@ -151,6 +151,7 @@ class Distillation:
         divergence = loss.divergence if loss.estimator == "full" else None
         return accumulate(self.learner, rollouts, objective, Reading(
             temperature=self.config.rollout.temperature, divergence=divergence, judge=self.staff.panel, compare=compare,
+            anchor=lambda batch: token_divergence(counts),
             shows_states=self.staff.shows_states, apart=self.staff.apart, **states))
 
     def _learn_labels(self, rollouts: Sequence[Rollout], counts: Counts, progress: float, states: dict) -> Scores:
@@ -160,7 +161,8 @@ class Distillation:
             self.learner, rollouts, lambda batch: kd.hard(config, batch, counts, vocab, progress), Reading(
                 divergence=self.config.loss.divergence, judge=self.staff.panel, teaching_temperature=config.temperature,
                 teacher_entropy=config.by == "entropy", apart=self.staff.apart,
-                compare=lambda batch: kd.soft(config, batch, counts, vocab, progress), **states))
+                compare=lambda batch: kd.soft(config, batch, counts, vocab, progress),
+                anchor=lambda batch: token_divergence(counts), **states))
 
     @torch.no_grad()
     def _divergence(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -170,7 +172,7 @@ class Distillation:
             panel.prepare(rollouts, 1.0)
         scores = accumulate(
             self.learner, rollouts, lambda batch: token_distillation(LossConfig(), batch, counts), Reading(
-                temperature=self.config.rollout.temperature, divergence=Divergence(), judge=panel,
+                temperature=self.config.teaching_temperature, divergence=Divergence(), judge=panel,
                 compare=lambda batch: token_divergence(counts), shows_states=self.staff.shows_states,
                 apart=self.staff.apart))
         estimated = None if scores.teacher_gap is None else -scores.teacher_gap

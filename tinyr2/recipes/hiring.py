@@ -5,17 +5,18 @@ In: the config, tokenizers, and the student as it begins. Out: a `Staff`, which 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tinyr2.core.types import Batch, Message, Rollout
-from tinyr2.data.retrieval import Corpus, Retriever
+from tinyr2.data.retrieval import Corpus, Retriever, mean_pooled
 from tinyr2.models.head import head_of
 from tinyr2.models.load import context_length, load_model
 from tinyr2.models.pairs import Pairs
+from tinyr2.objectives.divergence import Divergence
 from tinyr2.recipes import setup
 from tinyr2.recipes.check_staff import signal_of
 from tinyr2.recipes.distill_config import DistillConfig, Signal, TeacherConfig
@@ -33,7 +34,6 @@ from tinyr2.teachers.panel import Panel
 from tinyr2.teachers.privileged import Kind, PrivilegeConfig, known, privilege_metrics, privileged_messages
 from tinyr2.teachers.views import View
 from tinyr2.tokens.byte_order import byte_order
-from tinyr2.tokens.prefixes import Prefixes
 from tinyr2.tokens.translate import Translator
 from tinyr2.train.ema import Ema
 from tinyr2.train.hidden import Apprentice, HiddenConfig, HiddenTerm, Projections, hire_layers, optimizer_of
@@ -120,7 +120,8 @@ class Staff:
 
     def metrics(self) -> dict[str, float]:
         """Of the step that just ended: what privileged teachers were shown."""
-        return {name: value for one in self.tutoring for name, value in one.metrics().items()}
+        shown = {name: value for one in self.tutoring for name, value in one.metrics().items()}
+        return shown | self.panel.metrics()
 
     def served(self) -> tuple[dict[str, float], dict[str, float]]:
         """What servers were asked since the last call: for the metrics, and for the clock; see `Served.step`."""
@@ -148,7 +149,7 @@ def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Lea
     guard = config.guarding
     if guard is not None and guard.kl_to_start:
         start = TeacherConfig(ema=1.0, name=START, weight=guard.kl_to_start)
-        members.append(hiring.member(start, None, alone=True))
+        members.append(hiring.member(start, None, anchor=Divergence()))
     student = head_of(learner.model, learner.vocab)
     panel = Panel(members, config.panel.combine, student)
     hidden = None
@@ -180,8 +181,8 @@ class Hiring:
     tutoring: list[Tutoring] = field(default_factory=list)
     loaded: list[Teacher] = field(default_factory=list)
 
-    def member(self, teacher: TeacherConfig, files: ModelFiles | None, *, alone: bool = False) -> Member:
-        """One teacher, ready to work; alone: beside a blend of the others, if they are blended."""
+    def member(self, teacher: TeacherConfig, files: ModelFiles | None, *, anchor: Divergence | None = None) -> Member:
+        """One teacher, ready to work; anchor: one that holds the student back by this divergence, beside the loss."""
         translator = None
         if files is not None and files.translated:
             translator = Translator(self.inputs.tokenizer, files.tokenizer, teacher.roles or None)
@@ -189,8 +190,8 @@ class Hiring:
         mind = self._mind(teacher, files)
         seat = Seat(
             name=teacher.name, tasks=None if teacher.tasks is None else frozenset(teacher.tasks), weight=teacher.weight,
-            weight_end=teacher.weight_end, signal=signal, speaks=self._speaks, temperature=self._temperature,
-            alone=alone)
+            weight_end=teacher.weight_end, signal=signal, speaks=self._speaks and anchor is None,
+            temperature=self._temperature, anchor=anchor)
         aid = None if translator is None else self._aid(translator, signal, teacher.max_bias)
         return Member(seat, self._view(teacher, files, translator), mind, aid)
 
@@ -207,13 +208,15 @@ class Hiring:
 
     @property
     def _temperature(self) -> float:
-        return self.config.rollout.temperature if self.config.kd is None else self.config.kd.temperature
+        return self.config.teaching_temperature
 
     @property
     def _speaks(self) -> bool:
-        loss, guard = self.config.loss, self.config.guarding
-        several = len(self.config.staff) > 1 or (guard is not None and guard.kl_to_start > 0)
-        return loss.estimator == "sampled" and (loss.position_weight > 0 or several)
+        loss = self.config.loss
+        staff = self.config.staff
+        # one teacher that reads every token is heard in the walk of the head itself
+        partly = len(staff) > 1 or any(t.tasks or t.privilege or t.prompt == "own" for t in staff)
+        return loss.estimator == "sampled" and (loss.position_weight > 0 or partly)
 
     def _mind(self, teacher: TeacherConfig, files: ModelFiles | None) -> Mind:
         if teacher.server is not None:
@@ -259,11 +262,7 @@ class Hiring:
         if signal == "chunk_debiased":
             return Boundaries(self._order(ours.pieces), self._order(theirs.pieces), threshold=max_bias)
         if signal == "marginal":
-            texts = ours.ids_of_bytes()
-            # a text of one that is a special token of the other's (<think>) is a role, too
-            roles = {int(t): int(s) for s, t in zip(*translator.pairs, strict=True)
-                     if not (theirs.pieces[t] and ours.pieces[s])}
-            return Marginal(Prefixes(texts, theirs.pieces, roles, ours), ours.pieces, theirs.pieces, self.inputs.vocab)
+            return Marginal(translator.prefixes, ours.pieces, theirs.pieces, self.inputs.vocab)
         return None
 
     def _order(self, pieces: Sequence[bytes]) -> Order:
@@ -274,7 +273,15 @@ def retriever_of(privilege: PrivilegeConfig) -> Callable | None:
     """What finds passages in the config's corpus; None where none are shown."""
     if "passages" not in privilege.shows:
         return None
-    return Retriever(Corpus.read(privilege.corpus)).texts
+    # on the CPU: queries come one by one, and the learner's memory is its own
+    embed = None if privilege.embedder is None else mean_pooled(privilege.embedder, torch.device("cpu"))
+    retriever = Retriever(Corpus.read(privilege.corpus), embed=embed, dense_weight=privilege.dense_weight)
+
+    @lru_cache(maxsize=1024)  # a group asks one question, and each of its answers twice
+    def found(query: str, k: int) -> tuple[str, ...]:
+        return tuple(retriever.texts(query, k))
+
+    return found
 
 
 def _load(teacher: TeacherConfig, device: torch.device, vocab: int) -> Teacher:

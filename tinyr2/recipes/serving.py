@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from tinyr2.core.errors import ConfigError, RunError
+from tinyr2.core.errors import RunError
 from tinyr2.core.ledger import Accounting
 from tinyr2.core.rng import derive
 from tinyr2.core.types import Problem, Rollout
@@ -100,9 +100,6 @@ def _strangers(teacher: TeacherConfig, own: ModelFiles | None,
         writer = RemoteWriter(teacher.chat, None)
         yield writer, writer.check
     if teacher.server is not None:
-        if own.translated and teacher.server.top_k:
-            raise ConfigError(f"{teacher.name}: server.top_k lists tokens of a vocabulary that is not the student's; "
-                              "set server.top_k to 0: the log-probs of spans are compared")
         server = RemoteTeacher(teacher.server, None)
         yield server, partial(server.check, own.tokenizer, temperature)
 

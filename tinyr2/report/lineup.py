@@ -36,12 +36,13 @@ class _Drawn:
 def lineup_table(found: Mapping[str, Any]) -> Table:
     """A row for each kind of text and one for all; what each signal keeps of A's tokens and of the bytes.
 
-    Narrow enough for a terminal of 80 cells; the bytes covered are those that `chunk` keeps.
+    Narrow enough for a terminal of 80 cells; the bytes covered are those that `chunk` keeps, and `marginal` has those
+    with a distribution.
     """
-    columns = ("bytes", "of A", "of B", *SIGNALS)
+    columns = ("of A", "of B", *SIGNALS)
     rows = {**found["kinds"], "all": found} if len(found["kinds"]) > 1 else found["kinds"]
     return Table(columns, tuple(Row(clean(kind), _cells(one)) for kind, one in rows.items()),
-                 "tokens of A and B; what each signal keeps, in % of A's tokens / of the bytes")
+                 "tokens; % of A's/of the bytes that a signal keeps (marginal: has distributions)")
 
 
 def roles_lines(found: Mapping[str, Any]) -> list[str]:
@@ -130,8 +131,12 @@ def _cut(text: str, most: int) -> str:
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     size = one["size"]
-    return (f"{size['bytes']:,}", f"{size['student_tokens']:,}", f"{size['teacher_tokens']:,}",
-            *(f"{100 * one[signal]['tokens']:.1f} / {100 * one[signal]['bytes']:.1f}" for signal in SIGNALS))
+    return (f"{size['student_tokens']:,}", f"{size['teacher_tokens']:,}",
+            *("/".join(_percent(one[signal][unit]) for unit in ("tokens", "bytes")) for signal in SIGNALS))
+
+
+def _percent(share: float) -> str:
+    return "100" if share == 1 else f"{100 * share:.1f}"
 
 
 def _named(token: Mapping[str, Any]) -> str:

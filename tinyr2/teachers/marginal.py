@@ -33,7 +33,7 @@ from torch import Tensor
 from tinyr2.core.types import Rollout
 from tinyr2.models.head import Head, TopK, logits_of
 from tinyr2.teachers.views import Paper
-from tinyr2.tokens.prefixes import LOST, Prefixes
+from tinyr2.tokens.prefixes import LOST, Prefixes, Side
 
 _LISTED = 64  # tokens that a list names at most
 _HELD = 2**24  # numbers of 4 bytes that are held at once
@@ -63,12 +63,13 @@ class Marginal:
         A student's token without a counterpart is asked for too: what the teacher says next belongs in its place.
         """
         ids, said, written = rollout.response_ids, paper.response_ids, self.prefixes.written
-        begins, whole = self._spans(rollout, paper)
+        ours = Side(ids, self.student_pieces)
+        begins, whole = self.prefixes.held(paper.spans, ours, Side(said, self.teacher_pieces))
         place = self._places(rollout, first)
         silent, last, path = [], -1, ()
         for i, k in enumerate(paper.spans.student.tolist()):
             if k < 0:
-                if self._piece(ids[i]):  # lost bytes: the teacher did not read what was said before the next span
+                if ours.piece(ids[i]):  # lost bytes: the teacher did not read what was said before the next span
                     silent, last = [], -1
                 elif i >= paper.opened:
                     silent.append(i)
@@ -86,36 +87,11 @@ class Marginal:
                     yield Query(place[token], *states)
             silent, last, path = [], k, (*path, ids[i])
 
-    def _spans(self, rollout: Rollout, paper: Paper) -> tuple[list[int], list[bool]]:
-        """(m,) the teacher's first token of each span; (m,) whether it is the only one, and what the student wrote."""
-        inside = (paper.spans.teacher >= 0).nonzero()[0]
-        _, at, sizes = np.unique(paper.spans.teacher[inside], return_index=True, return_counts=True)
-        begins = inside[at].tolist()
-        ours: list[list[int]] = [[] for _ in begins]
-        for k, token in zip(paper.spans.student.tolist(), rollout.response_ids, strict=True):
-            if k >= 0:
-                ours[k].append(token)
-        return begins, [size == 1 and self._says(mine, paper.response_ids[t])
-                        for mine, t, size in zip(ours, begins, sizes.tolist(), strict=True)]
-
-    def _says(self, student: Sequence[int], teacher: int) -> bool:
-        """Whether tokens of the student's are one of the teacher's: the same text, or the same role.
-
-        The first token of an answer need not be, where its space is no text.
-        """
-        written, piece = self.prefixes.written[teacher], self.teacher_pieces[teacher]
-        if not written or written == tuple(student):
-            return bool(written)
-        return len(student) == 1 if not piece else b"".join(map(self._piece, student)) == piece
-
     def _places(self, rollout: Rollout, first: int) -> list[int]:
         """Where each response token is among the learned ones of the pack; -1: it is not learned."""
         n = len(rollout.response_ids)
         learned = np.ones(n, dtype=bool) if rollout.learn_mask is None else np.array(rollout.learn_mask, dtype=bool)
         return np.where(learned, first + np.cumsum(learned) - 1, -1).tolist()
-
-    def _piece(self, token: int) -> bytes:
-        return self.student_pieces[token] if token < len(self.student_pieces) else b""
 
     @torch.no_grad()
     def lists(self, queries: Sequence[Query], hidden: Tensor, head: Head, temperature: float) -> TopK:

@@ -16,6 +16,7 @@ from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import Head
 from tinyr2.models.pairs import Pairs
 from tinyr2.objectives.distillation import linear
+from tinyr2.objectives.divergence import Divergence
 from tinyr2.teachers.boundaries import Boundaries
 from tinyr2.teachers.marginal import Marginal
 from tinyr2.teachers.minds import Mind, Thoughts
@@ -37,7 +38,7 @@ class Seat:
     signal: Signal = "chunk"  # what it says across vocabularies
     speaks: bool = False  # in one vocabulary too: log-probs of the sampled tokens instead of distributions
     temperature: float = 1.0
-    alone: bool = False  # it stays beside a blend of the others
+    anchor: Divergence | None = None  # it holds the student back by this one, beside the others, and teaches nothing
     # nats, of a special token of the student's that the teacher has no counterpart for, and so can never say; without
     # it a student that is told off for its text escapes to such tokens, of which nothing would be said
     never: float = -20.0
@@ -57,17 +58,20 @@ class Member:
     def __init__(self, seat: Seat, view: View, mind: Mind, aid: Pairs | Boundaries | Marginal | None = None):
         """aid: what the signal needs: `mapped` Pairs, `chunk_debiased` Boundaries, `marginal` Marginal."""
         self.seat, self.view, self.mind, self._aid = seat, view, mind, aid
+        self.unread = (0, 0)  # of the step's answers that are its business, those it got no paper of; and all
         self._papers: dict[int, tuple[Paper, Rollout]] = {}
 
     def prepare(self, rollouts: Sequence[Rollout]) -> None:
         """Before a step's micro-batches: write the papers, and let the mind see all of them."""
         self._papers, own = {}, [r for r in rollouts if self.seat.judges(r)]
+        self.unread = (0, len(own))
         if self.view.plain:
             self.mind.visit(own)
             return
         for r, paper in zip(own, self.view.papers(own), strict=True):
             if paper is not None:
                 self._papers[id(r)] = (paper, as_rollout(r, paper))
+        self.unread = (len(own) - len(self._papers), len(own))
         self.mind.visit([read for _, read in self._papers.values()])
 
     def opinion(self, rollouts: Sequence[Rollout], batch: Batch, states: Tensor | None, head: Head | None,
@@ -101,7 +105,7 @@ class Member:
         if thoughts.topk is not None:
             return self._listed(len(own.learn), at, thoughts, weight)
         if thoughts.hidden is not None and not self.seat.speaks:
-            return Opinion(name=self.seat.name, weight=weight,
+            return Opinion(name=self.seat.name, weight=weight, anchor=self.seat.anchor,
                            whole=Whole(hidden=thoughts.hidden, head=thoughts.head, at=at))
         span = torch.full_like(batch.learn, -1)
         span[slice(None) if at is None else at] = torch.arange(len(own.learn), device=span.device)

@@ -5,7 +5,6 @@ In: papers, as rollouts in the teacher's own ids. Out: the states or the log-pro
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.models.head import Head, TokenScores, TopK, run
+from tinyr2.models.head import Head, TopK, score_tokens
+from tinyr2.models.packed import without_dropout
 from tinyr2.teachers.local import Teacher, states_of
 
 
@@ -33,7 +33,7 @@ class Thoughts:
         if self.hidden is None:
             assert self.said is not None, "lists do not name every token"
             return self.said
-        return run(self.hidden, self.head, targets, _no_loss, temperature=temperature).learner_logp
+        return score_tokens(self.hidden, self.head, targets, temperature=temperature).learner_logp
 
 
 class Mind(Protocol):
@@ -57,8 +57,9 @@ class Resident:
 
     @torch.no_grad()
     def think(self, papers: Sequence[Rollout], batch: Batch) -> Thoughts:
-        """States at the learned tokens."""
-        return Thoughts(hidden=states_of(self.teacher, batch), head=self.teacher.head)
+        """States at the learned tokens; without dropout, also where the teacher is the student that learns."""
+        with without_dropout(self.teacher.model):
+            return Thoughts(hidden=states_of(self.teacher, batch), head=self.teacher.head)
 
 
 @dataclass
@@ -70,7 +71,6 @@ class Visitor:
 
     load: Callable[[], Teacher]
     tokens_per_micro_batch: int
-    autocast: Callable[[], AbstractContextManager] = nullcontext
     _head: Head | None = field(default=None, init=False)
     _states: dict[int, Tensor] = field(default_factory=dict, init=False)
 
@@ -86,8 +86,7 @@ class Visitor:
                           head.softcap)
         for some in split(papers, self.tokens_per_micro_batch):
             batch = pack(some, head.weight.device)
-            with self.autocast():
-                states = states_of(teacher, batch)
+            states = states_of(teacher, batch)
             self._states |= {id(r): part for r, part in zip(some, states.split(batch.learned), strict=True)}
 
     def think(self, papers: Sequence[Rollout], batch: Batch) -> Thoughts:
@@ -152,7 +151,3 @@ class Listing:
         at = (logp > -math.inf).any(-1).nonzero()[:, 0]
         ids, logp, at = (x.to(batch.tokens.device) for x in (ids[at], logp[at], at))
         return Thoughts(topk=TopK(ids, logp, self.tail), at=at)
-
-
-def _no_loss(scores: TokenScores) -> Tensor:
-    return scores.learner_logp.new_zeros(())

@@ -11,6 +11,7 @@ from torch import Tensor
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import Blend, Head, TopK
 from tinyr2.models.pairs import Pairs
+from tinyr2.objectives.divergence import Divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,13 @@ class Opinion:
     weight: float = 1.0
     spoken: Spoken | None = None
     whole: Whole | None = None
+    anchor: Divergence | None = None  # its distributions are compared by this one, beside the loss of all others
     facts: dict[str, tuple[float, float]] = field(default_factory=dict)  # for the metrics: (sum, count)
 
     @property
     def complete(self) -> bool:
         """Whether one walk over the student's vocabulary can compare every token with this teacher."""
-        return self.whole is not None and self.whole.at is None
+        return self.whole is not None and self.whole.at is None and self.anchor is None
 
 
 # What the teachers say of a micro-batch; the student's states (N, D) are there where they were asked for.

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from tinyr2.core.errors import RunError
 from tinyr2.core.types import Batch, Rollout
 from tinyr2.models.head import Blend, Head
 from tinyr2.teachers.member import Member
@@ -43,9 +44,13 @@ class Panel:
         said = [o for o in found if o is not None]
         if self._combine == "sum":
             return said
-        alone = {m.seat.name for m in self.members if m.seat.alone}
-        blended = [o for o in said if o.name not in alone]
-        return [*([_blended(blended, self._combine)] if blended else []), *(o for o in said if o.name in alone)]
+        blended = [o for o in said if o.anchor is None]
+        return [*([_blended(blended, self._combine)] if blended else []), *(o for o in said if o.anchor is not None)]
+
+    def metrics(self) -> dict[str, float]:
+        """Of the step that was prepared last: the share of its answers that a teacher got no paper of, if any."""
+        return {f"teacher/{m.seat.name}/unread": missed / total
+                for m in self.members for missed, total in (m.unread,) if missed}
 
     def company(self, rollout: Rollout) -> Hashable:
         """Who judges this rollout: those with other judges travel in other micro-batches."""
@@ -58,8 +63,10 @@ def _blended(opinions: Sequence[Opinion], how: Literal["average", "product"]) ->
         return replace(opinions[0], weight=1.0)
     assert all(o.whole is not None and o.whole.pairs is None for o in opinions), "a blend is of whole distributions"
     places = [o.whole.at for o in opinions]
-    assert all(p is None for p in places) or all(
-        p is not None and p.equal(places[0]) for p in places), "a blend is of the same tokens"
+    if not (all(p is None for p in places) or all(p is not None and p.equal(places[0]) for p in places)):
+        raise RunError(f"{' and '.join(o.name for o in opinions)} do not read the same answers (some are too long for "
+                       "one of them, or there was nothing to show), so that nothing can be blended; take "
+                       "panel.combine=sum, or a teacher with a longer context")
     blend = Blend(hidden=tuple(o.whole.hidden for o in opinions), heads=tuple(o.whole.head for o in opinions),
                   weights=tuple(o.weight for o in opinions), how=how)
     facts = {name: fact for o in opinions for name, fact in o.facts.items()}

@@ -54,6 +54,8 @@ class PrivilegeConfig(Config):
     success_reward: float = 1.0  # an answer with this reward was right, where no verdict says whether it was
     passages: int = Field(3, ge=1)
     corpus: str | None = None  # a .txt file of paragraphs, or .jsonl or .parquet with a column `text`
+    embedder: str | None = None  # a model's folder: passages are found by its hidden states, too
+    dense_weight: float = Field(0.5, ge=0.0, le=1.0)  # with an embedder: how much these count, beside words
     without: Literal["skip", "plain"] = "skip"  # nothing to show: the teacher says nothing, or judges as it is
 
     @field_validator("shows")
@@ -89,6 +91,10 @@ class PrivilegeConfig(Config):
     def _corpus_for_passages(self) -> "PrivilegeConfig":
         if ("passages" in self.shows) != (self.corpus is not None):
             raise ValueError("shows: passages and a corpus belong together; give corpus: my.txt, or leave both out")
+        if self.embedder is not None and self.corpus is None:
+            raise ValueError("embedder finds passages; show passages of a corpus, or leave embedder out")
+        if self.embedder is None and self.dense_weight != 0.5:
+            raise ValueError("dense_weight weighs an embedder's hidden states; give an embedder, or leave it out")
         return self
 
 

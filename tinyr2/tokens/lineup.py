@@ -13,11 +13,12 @@ import numpy as np
 
 from tinyr2.core.errors import DataError
 from tinyr2.tokens.align import Spans, tile
+from tinyr2.tokens.prefixes import Side
 from tinyr2.tokens.spelling import Encoded, Spelling
 from tinyr2.tokens.translate import Translator
 
-Signal = Literal["exact", "chunk", "mapped"]
-SIGNALS: tuple[Signal, ...] = ("exact", "chunk", "mapped")
+Signal = Literal["exact", "chunk", "mapped", "marginal"]
+SIGNALS: tuple[Signal, ...] = ("exact", "chunk", "mapped", "marginal")
 WORST, LOST, NAMED = 5, 10, 20  # how many spans, lost texts and special tokens are named
 
 
@@ -45,10 +46,12 @@ class Lineup:
     teacher: Encoded
     spans: Spans
     mapped: np.ndarray  # (n_s,) bool: alone in its span, against a token of the same bytes in the vocabularies' pairs
+    marginal: np.ndarray  # (n_s,) bool: inside of one token of the teacher's, who has a distribution there
 
     def kept(self, signal: Signal) -> np.ndarray:
-        """(n_s,) bool: the student's tokens that a signal speaks of."""
-        return self.mapped if signal == "mapped" else self.spans.kept(signal)
+        """(n_s,) bool: the student's tokens that a signal speaks of; with `marginal`, those with a distribution."""
+        own = {"mapped": self.mapped, "marginal": self.marginal}
+        return own[signal] if signal in own else self.spans.kept(signal)
 
     def kept_bytes(self, signal: Signal) -> int:
         """How many bytes of the text those tokens are."""
@@ -75,7 +78,7 @@ def line_up(translator: Translator, texts: Sequence[tuple[str, str]]) -> list[Li
     ours, theirs = translator.student.encode_all(raw), translator.teacher.encode_all(raw)
     partner = np.full(translator.student.vocab, -1)
     partner[translator.pairs[0]] = translator.pairs[1]
-    return [_lineup(*each, partner) for each in zip(kinds, raw, ours, theirs, strict=True)]
+    return [_lineup(*each, partner, translator) for each in zip(kinds, raw, ours, theirs, strict=True)]
 
 
 def compare(lineups: Sequence[Lineup]) -> dict[str, Any]:
@@ -87,7 +90,10 @@ def compare(lineups: Sequence[Lineup]) -> dict[str, Any]:
 
 
 def shares(lineups: Sequence[Lineup]) -> dict[str, Any]:
-    """`bytes_covered`: the share of bytes in spans, and of each signal the share of student tokens and bytes kept."""
+    """`bytes_covered`: the share of bytes in spans, and of each signal the share of student tokens and bytes kept.
+
+    Of `marginal` these are the tokens with a distribution; what else is in spans it treats as `chunk` does.
+    """
     tokens, size = sum(len(one.student.ids) for one in lineups), sum(len(one.text) for one in lineups)
     found: dict[str, Any] = {
         signal: {"tokens": sum(int(one.kept(signal).sum()) for one in lineups) / max(tokens, 1),
@@ -156,13 +162,16 @@ def readable(raw: bytes) -> str:
     return raw.decode(errors="backslashreplace")
 
 
-def _lineup(kind: str, text: bytes, ours: Encoded, theirs: Encoded, partner: np.ndarray) -> Lineup:
+def _lineup(kind: str, text: bytes, ours: Encoded, theirs: Encoded, partner: np.ndarray,
+            translator: Translator) -> Lineup:
     spans = tile(ours.ends, theirs.ends, lost=_union([*ours.lost, *theirs.lost]))
     mapped = spans.kept("exact")
     first = np.zeros(spans.count + 1, dtype=np.int64)  # the teacher's token of a span that has one alone
     first[spans.teacher] = np.array(theirs.ids, dtype=np.int64)
     mapped &= partner[np.array(ours.ids, dtype=np.int64)] == first[spans.student]
-    return Lineup(kind, text, ours, theirs, spans, mapped)
+    _, held = translator.prefixes.held(spans, Side(ours.ids, translator.student.pieces),
+                                       Side(theirs.ids, translator.teacher.pieces))
+    return Lineup(kind, text, ours, theirs, spans, mapped, np.array([*held, False])[spans.student])
 
 
 def _runs(span: np.ndarray, count: int) -> list[slice]:

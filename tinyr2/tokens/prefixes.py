@@ -2,17 +2,30 @@
 
 In: the pieces of two vocabularies as bytes, ids that stand for the same role, and the student's tokenizer. Out: each of
 the teacher's tokens as tokens of the student's, and all of them in the order of these, so that those that begin with
-the same tokens lie side by side. Integers and bytes alone.
+the same tokens lie side by side; of a text, the spans that are one of the teacher's tokens. Integers and bytes alone.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from tinyr2.tokens.align import Spans
 from tinyr2.tokens.spelling import Spelling
 
 END, LOST = -1, -2  # after a writing's last token: nothing is left of the piece; what is left cannot be written
+
+
+class Side(NamedTuple):
+    """A text as one tokenizer's ids, and this tokenizer's pieces by id; ids beyond these are no text."""
+
+    ids: Sequence[int]
+    pieces: Sequence[bytes]
+
+    def piece(self, i: int) -> bytes:
+        """The bytes of an id."""
+        return self.pieces[i] if i < len(self.pieces) else b""
 
 
 class Prefixes:
@@ -55,6 +68,31 @@ class Prefixes:
         if not path:
             return 0, len(self.order)
         return bisect_left(self._keys, path), bisect_left(self._keys, (*path[:-1], path[-1] + 1))
+
+    def held(self, spans: Spans, student: Side, teacher: Side) -> tuple[list[int], list[bool]]:
+        """(m,) the teacher's first token of each span; (m,) whether it is the only one, and what the student wrote.
+
+        Of the student's tokens in such a span the teacher has a distribution.
+        """
+        inside = (spans.teacher >= 0).nonzero()[0]
+        _, at, sizes = np.unique(spans.teacher[inside], return_index=True, return_counts=True)
+        begins = inside[at].tolist()
+        ours: list[list[int]] = [[] for _ in begins]
+        for k, token in zip(spans.student.tolist(), student.ids, strict=True):
+            if k >= 0:
+                ours[k].append(token)
+        return begins, [size == 1 and self._says(Side(mine, student.pieces), teacher.ids[t], teacher)
+                        for mine, t, size in zip(ours, begins, sizes.tolist(), strict=True)]
+
+    def _says(self, student: Side, token: int, teacher: Side) -> bool:
+        """Whether tokens of the student's are one of the teacher's: the same text, or the same role.
+
+        The first token of a text need not be, where its space is no text.
+        """
+        written, piece = self.written[token], teacher.piece(token)
+        if not written or written == tuple(student.ids):
+            return bool(written)
+        return len(student.ids) == 1 if not piece else b"".join(map(student.piece, student.ids)) == piece
 
 
 def _written(student: Mapping[bytes, int], pieces: Sequence[bytes],

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tinyr2.core.types import Message, Rollout
 from tinyr2.tokens.align import Spans, tile
 from tinyr2.tokens.chat import render_example, render_prompt
+from tinyr2.tokens.prefixes import Prefixes
 from tinyr2.tokens.roles import TAIL, Roles
 from tinyr2.tokens.spelling import Encoded, Spelling
 
@@ -97,6 +98,14 @@ class Translator:
                 found[i] = other
                 taken.add(other)
         return (np.fromiter(found.keys(), np.int64, len(found)), np.fromiter(found.values(), np.int64, len(found)))
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """The teacher's vocabulary as the student writes it."""
+        ours, theirs = self.student, self.teacher
+        # a text of one that is a special token of the other's (<think>) is a role, too
+        roles = {int(t): int(s) for s, t in zip(*self.pairs, strict=True) if not (theirs.pieces[t] and ours.pieces[s])}
+        return Prefixes(ours.ids_of_bytes(), theirs.pieces, roles, ours)
 
     def translate(self, messages: Sequence[Message], response_ids: Sequence[int], *,
                   prompt_ids: Sequence[int] | None = None) -> Translation:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tinyr2.core.config import Config
 from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.models.packed import hidden_states
+from tinyr2.models.packed import hidden_states, without_dropout
 from tinyr2.models.scalar import scalars
 from tinyr2.objectives.policy import token_weight
 from tinyr2.objectives.value import explained_variance, value_loss
-from tinyr2.train.step import Learner, predicting, without_dropout
+from tinyr2.train.step import Learner, predicting
 
 
 class ValueConfig(Config):

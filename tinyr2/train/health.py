@@ -68,6 +68,7 @@ class Monitor:
             "equal_rewards": _Rule(symptoms.equal_rewards, c.patience, c.zero_std_patience),
             "logp_gap": _Rule(symptoms.logp_gap, *same, warms_up=False),
             "errored_rollouts": _Rule(symptoms.errored, *same, warms_up=False),
+            "unheard_teacher": _Rule(symptoms.unheard, *same, warms_up=False),
             "dropped_rollouts": _Rule(symptoms.dropped, *same, warms_up=False),
             "held_out_drop": _Rule(symptoms.held_out_drop, 1, c.drop_patience, warms_up=False, stops=True),
         }

@@ -1,7 +1,7 @@
 """One optimizer step's gradient: rollouts in, gradients on the model's parameters and per-token scores out."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tinyr2.core.packing import pack, split
 from tinyr2.core.types import Batch, Rollout
-from tinyr2.models.head import Head, HeadResult, TokenScores, head_of, run
-from tinyr2.models.packed import hidden_states
+from tinyr2.models.head import Head, HeadResult, head_of, run, score_tokens
+from tinyr2.models.packed import hidden_states, without_dropout
 from tinyr2.objectives.divergence import Divergence
 from tinyr2.objectives.spans import span_gap
 from tinyr2.teachers.opinion import Judge, Opinion
@@ -74,6 +74,7 @@ class Reading:
     judge: Judge | None = None  # the teachers
     # what the objective does with divergences, for those of teachers who do not read every token, or are not alone
     compare: Callable[[Batch], Objective] | None = None
+    anchor: Callable[[Batch], Objective] | None = None  # the same for those who hold the student back; None: unheard
     teaching_temperature: float | None = None  # divergences have this one, and a walk of their own; None: not so
     teacher_entropy: bool = False  # fill `Batch.teacher_entropy` from the one teacher that compares every token
     shows_states: bool = False  # the judge reads the student's states, so these come first
@@ -99,10 +100,9 @@ def accumulate(learner: Learner, rollouts: Sequence[Rollout], objective: Callabl
             batch, first = _heard(batch, states, head, opinions, reading)
             result = run(states, head, batch.targets, objective(batch), **_teaching(first, reading))
             loss, divergence, facts = _compared(result, batch, states, head, first, opinions, reading)
-            if reading.also is not None:
-                loss = loss + reading.also(batch, states)
-        if loss.requires_grad:
-            loss.backward()
+            total = loss if reading.also is None else loss + reading.also(batch, states)
+        if total.requires_grad:
+            total.backward()
         parts.append((some, batch, replace(result, loss=loss.detach(), divergence=divergence), facts))
     return _join(parts) if parts else _nothing(head.weight.device)
 
@@ -139,8 +139,7 @@ def _heard(batch: Batch, states: Tensor, head: Head, opinions: Sequence[Opinion]
 @torch.no_grad()
 def _entropy(opinion: Opinion, batch: Batch, reading: Reading) -> Tensor:
     temperature = reading.teaching_temperature or reading.temperature
-    whole = opinion.whole
-    return run(whole.hidden, whole.head, batch.targets, _no_loss, temperature=temperature).entropy
+    return score_tokens(opinion.whole.hidden, opinion.whole.head, batch.targets, temperature=temperature).entropy
 
 
 def _teaching(opinion: Opinion | None, reading: Reading) -> dict[str, Any]:
@@ -148,12 +147,15 @@ def _teaching(opinion: Opinion | None, reading: Reading) -> dict[str, Any]:
     if opinion is None:
         return {"temperature": reading.temperature}
     told: dict[str, Any] = {"temperature": reading.teaching_temperature or reading.temperature}
+    if opinion.anchor is not None:
+        told = {"temperature": reading.temperature}
+    divergence = opinion.anchor or reading.divergence
     whole = opinion.whole
     if whole.topk is not None:
-        return told | {"divergence": reading.divergence, "teacher_topk": whole.topk}
+        return told | {"divergence": divergence, "teacher_topk": whole.topk}
     if whole.blend is not None:
-        return told | {"divergence": reading.divergence, "teacher_blend": whole.blend}
-    return told | {"divergence": reading.divergence, "teacher_hidden": whole.hidden, "teacher_head": whole.head,
+        return told | {"divergence": divergence, "teacher_blend": whole.blend}
+    return told | {"divergence": divergence, "teacher_hidden": whole.hidden, "teacher_head": whole.head,
                    "teacher_pairs": whole.pairs}
 
 
@@ -164,19 +166,22 @@ def _compared(result: HeadResult, batch: Batch, states: Tensor, head: Head, firs
     loss, divergence = result.loss, result.divergence
     if first is not None and divergence is not None:
         facts.append({f"teacher/{first.name}/kl": _total(divergence)})
-    others = [o for o in opinions if o is not first and o.whole is not None]
+    others = [o for o in opinions if o is not first and o.whole is not None
+              and (o.anchor is None or reading.anchor is not None)]
     if divergence is not None and batch.divergence_weight != 1.0:
         divergence = divergence * batch.divergence_weight
-    if others and divergence is None:
+    if divergence is None and any(o.anchor is None for o in others):
         divergence = torch.zeros_like(result.learner_logp)
     for opinion in others:
         at = opinion.whole.at
         some = batch if at is None else batch.select(at)
         found = run(states if at is None else states[at], head, some.targets,
-                    _weighted(opinion.weight, reading.compare(some)), **_teaching(opinion, reading))
+                    _weighted(opinion.weight, (reading.anchor if opinion.anchor else reading.compare)(some)),
+                    **_teaching(opinion, reading))
         loss = loss + found.loss
-        at = slice(None) if at is None else at
-        divergence[at] = divergence[at] + opinion.weight * found.divergence
+        if opinion.anchor is None:
+            at = slice(None) if at is None else at
+            divergence[at] = divergence[at] + opinion.weight * found.divergence
         facts.append({f"teacher/{opinion.name}/kl": _total(found.divergence)})
     return loss, divergence, _summed(facts)
 
@@ -224,17 +229,6 @@ def per_rollout(learner: Learner, rollouts: Sequence[Rollout],
     return [found[id(r)] for r in rollouts]
 
 
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """In eval mode, as it was sampled from; and back."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def predicting(learner: Learner, batch: Batch) -> Tensor:
     """The states (N, D) that predict the learned tokens."""
     return hidden_states(learner.model, batch.tokens, batch.position, batch.lengths,
@@ -243,11 +237,7 @@ def predicting(learner: Learner, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _logp(states: Tensor, head: Head, batch: Batch, temperature: float) -> Tensor:
-    return run(states.detach(), head, batch.targets, _no_loss, temperature=temperature).learner_logp
-
-
-def _no_loss(scores: TokenScores) -> Tensor:
-    return scores.learner_logp.new_zeros(())
+    return score_tokens(states, head, batch.targets, temperature=temperature).learner_logp
 
 
 def _join(parts: list[tuple[list[Rollout], Batch, HeadResult, Mapping[str, tuple[float, float]]]]) -> Scores:

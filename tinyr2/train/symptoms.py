@@ -266,6 +266,20 @@ def errored(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding |
         "read the errors in completions/; mend the grader or the teacher's connection; such rollouts train nothing")
 
 
+def unheard(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
+    """A teacher whose server fails to answer, or that could read none of the answers that are its business."""
+    failed = {n: v for n, v in metrics.items() if n.startswith("teacher/") and n.endswith("/failed")}
+    silent = {n: v for n, v in metrics.items() if n.startswith("teacher/") and n.endswith("/unread") and v == 1}
+    name, share = max({**failed, **silent}.items(), key=lambda found: found[1], default=(None, None))
+    if name is None:
+        return None
+    level = "warn" if name in silent else _above(share, config.errored_warn, config.errored_critical)
+    return Finding(
+        level, f"{name} {share:.3g}: this teacher says nothing of {share:.1%} of the answers",
+        "look at its server (timeouts, load), its context length (a longer paper is no paper), and what a privileged "
+        "teacher is shown; answers without a judgment train nothing")
+
+
 def held_out_drop(config: HealthConfig, metrics: Metrics, memory: Memory) -> Finding | None:
     """A student that unlearns: far worse on the held-out problems than it has been.
 
