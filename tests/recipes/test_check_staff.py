@@ -14,7 +14,7 @@ from tinyr2.core.errors import ConfigError, RunError
 from tinyr2.data.retrieval import Retriever
 from tinyr2.recipes.checks import check_training
 from tinyr2.recipes.distill import read_setup
-from tinyr2.recipes.findings import Finding
+from tinyr2.recipes.findings import Finding, Reader
 from tinyr2.recipes.hiring import retriever_of
 from tinyr2.teachers.privileged import PrivilegeConfig
 from tinyr2.tokens.chat import render_prompt
@@ -249,3 +249,12 @@ def test_one_question_is_looked_up_once(tmp_path, monkeypatch):
     find = retriever_of(PrivilegeConfig(shows=("passages",), corpus=str(tmp_path / "notes.txt")))
     assert [list(find("three", 1)), list(find("three", 1)), list(find("one", 1))] == [["two three"]] * 2 + [["one two"]]
     assert asked == ["three", "one"]
+
+
+def test_a_servers_tokenizer_needs_no_model_beside_it(world, tmp_path):
+    AutoTokenizer.from_pretrained(world / "student").save_pretrained(tmp_path / "alone")
+    reader = Reader()
+    assert not (tmp_path / "alone/config.json").exists()
+    found = reader.tokenizer("teacher", str(tmp_path / "alone"))
+    assert found.get_vocab() == AutoTokenizer.from_pretrained(world / "student").get_vocab() and reader.faults == []
+    assert reader.tokenizer("teacher", str(tmp_path / "none")) is None and "none" in reader.faults[0].line

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
-from transformers import PreTrainedTokenizerBase
 
-from tinyr2.core.config import Config, nearest
+from tinyr2.core.config import Config
 from tinyr2.core.errors import DataError
 from tinyr2.data.rows import open_rows
 from tinyr2.recipes.align_models import ModelsConfig, compare_models
-from tinyr2.recipes.build import TokenizerConfig, make_tokenizer
+from tinyr2.recipes.build import read_tokenizer
 from tinyr2.report.console import Console
 from tinyr2.report.lineup import WIDTH, lineup_lines, lineup_table, roles_lines, worst_lines
 from tinyr2.tokens.lineup import compare, line_up, lost_bytes, roles, vocabulary, worst
@@ -55,7 +54,7 @@ def align(config: AlignConfig, console: Console) -> dict[str, Any]:
 
     DataError: no such tokenizer or file, a tokenizer whose bytes cannot be recovered, texts without a byte.
     """
-    student, teacher = map(load_tokenizer, config.sides)
+    student, teacher = map(read_tokenizer, config.sides)
     same = student.backend_tokenizer.to_str() == teacher.backend_tokenizer.to_str()
     translator = Translator(student, teacher)
     texts = list(SAMPLES.items()) if config.data is None else read_texts(config.data, config.limit)
@@ -70,16 +69,6 @@ def align(config: AlignConfig, console: Console) -> dict[str, Any]:
     if config.models is not None:
         found["models"] = compare_models(config.models, translator, (student, teacher), console)
     return found
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by folder or hub name; DataError where there is none."""
-    folder = Path(path).expanduser()
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        hint = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else None
-        raise DataError(f"{path}: no such folder; {f'did you mean {hint}? ' if hint else ''}give a folder with "
-                        "tokenizer.json, or a hub name")
-    return make_tokenizer(TokenizerConfig(path=str(folder) if folder.exists() else path))
 
 
 def read_texts(path: str, limit: int | None) -> list[tuple[str, str]]:

@@ -113,6 +113,16 @@ def build(config: BuildConfig, console: Console, *, overwrite: bool = False) -> 
     return result
 
 
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by folder or hub name; DataError where there is none."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        hint = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else None
+        raise DataError(f"{path}: no such folder; {f'did you mean {hint}? ' if hint else ''}give a folder with "
+                        "tokenizer.json, or a hub name")
+    return make_tokenizer(TokenizerConfig(path=str(folder) if folder.exists() else path))
+
+
 def make_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that `config` describes: loaded, trained or trimmed."""
     if config.texts is None:

@@ -81,7 +81,7 @@ def _teacher_files(reader: Reader, teacher: TeacherConfig, key: str, student: Mo
         files = reader.model(key, teacher.model)
     else:
         source = ModelConfig(path=teacher.server.tokenizer)
-        files = ModelFiles(key=key, source=source, config=None, tokenizer=reader.tokenizer(key, source))
+        files = ModelFiles(key=key, source=source, config=None, tokenizer=reader.tokenizer(key, source.path))
     known = student.tokenizer is not None and files.tokenizer is not None
     translated = known and bool(vocabulary_faults(student.tokenizer, files.tokenizer))
     return ModelFiles(key=key, source=files.source, config=files.config, tokenizer=files.tokenizer,

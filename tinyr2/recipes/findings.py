@@ -14,6 +14,7 @@ from tinyr2.core.errors import ConfigError, UserError
 from tinyr2.core.types import Problem
 from tinyr2.data.problems import DataConfig, load_problems
 from tinyr2.models.load import ModelConfig, load_config, load_tokenizer
+from tinyr2.recipes.build import read_tokenizer
 from tinyr2.recipes.setup import StudentConfig
 from tinyr2.rewards.grade import RewardConfig, RewardFunction
 from tinyr2.train.loop import TrainConfig
@@ -116,9 +117,9 @@ class Reader:
         return ModelFiles(key=key, source=source, config=self.read(key, lambda: load_config(source)),
                           tokenizer=self.read(f"{key}.tokenizer", lambda: load_tokenizer(source)))
 
-    def tokenizer(self, key: str, source: ModelConfig) -> PreTrainedTokenizerBase | None:
-        """A tokenizer alone."""
-        return self.read(f"{key}.tokenizer", lambda: load_tokenizer(source))
+    def tokenizer(self, key: str, path: str) -> PreTrainedTokenizerBase | None:
+        """A tokenizer alone: no model need lie beside it."""
+        return self.read(f"{key}.tokenizer", lambda: read_tokenizer(path))
 
     def problems(self, key: str, source: DataConfig | None) -> list[Problem]:
         """The problems of `source`; none where there is no source or it cannot be read."""
