@@ -181,3 +181,12 @@ def test_the_kl_to_the_start_stays_beside_a_blend(world, tmp_path):
     alone = run(world, tmp_path / "alone", *more)
     held = run(world, tmp_path / "held", *more, "guard={max_drop: null, kl_to_start: 0.5}")
     assert held.column("loss")[0] == pytest.approx(alone.column("loss")[0], rel=1e-6)  # the student is its start
+
+
+def test_a_teacher_whose_weights_are_damaged_leaves_no_run_folder(world, tmp_path):
+    broken = Path(shutil.copytree(world / "teacher", tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(UserError, match="broken"):
+        run(world, tmp_path / "run", f"teacher.path={broken}")
+    assert not (tmp_path / "run").exists()

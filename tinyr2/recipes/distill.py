@@ -3,6 +3,7 @@
 In: a config. Out: a run folder whose `final/` is the student as a plain Hugging Face folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from tinyr2.recipes.data_distillation import Writer, distill_data, local_writer
 from tinyr2.recipes.distill_config import DistillConfig, TeacherConfig
 from tinyr2.recipes.distillation import Distillation
 from tinyr2.recipes.findings import ModelFiles, Part, Reader, Setup
-from tinyr2.recipes.hiring import files_of, hire_staff, worse_teachers
+from tinyr2.recipes.hiring import files_of, hire_staff, load_teachers, worse_teachers
 from tinyr2.recipes.inputs import Inputs, checked_inputs
 from tinyr2.recipes.run import identity, open_run, refuse_own_input, refuse_taken
 from tinyr2.recipes.serving import ANSWERS, Scribe, meet_servers
@@ -29,11 +30,11 @@ from tinyr2.recipes.show import completions_of
 from tinyr2.report.console import Console
 from tinyr2.rewards.grade import load_rewards
 from tinyr2.rollouts.sample import Policy
+from tinyr2.teachers.local import Teacher
 from tinyr2.tokens.chat import fingerprint, vocabulary_faults
 from tinyr2.train.guard import guarded
 from tinyr2.train.hidden import layer_map
 from tinyr2.train.loop import TrainConfig
-from tinyr2.train.step import Learner
 
 
 def read_setup(config: DistillConfig) -> Setup:
@@ -105,6 +106,11 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
             console.note(f"{config.staff[0].name} is not compared with the student before the first step: the rewards "
                          "judge each answer that it writes")
         return distill_data(config, inputs, writer, console, resume=resume, overwrite=overwrite)
+    return _distill_on_policy(config, found, inputs, console, resume=resume, overwrite=overwrite)
+
+
+def _distill_on_policy(config: DistillConfig, found: Setup, inputs: Inputs, console: Console, *, resume: bool,
+                       overwrite: bool) -> dict:
     train = guarded_train(config, inputs)
     device = setup.choose_device(config.device, config.train)
     # before the folder is made: weights that cannot be read, adapters that fit nothing, or servers that are others
@@ -113,10 +119,22 @@ def distill(config: DistillConfig, console: Console, *, resume: bool = False, ov
     learner = setup.learner_of(model, inputs.vocab, device, config.train)
     student = setup.policy_of(model, inputs.tokenizer, inputs.vocab, exact=config.train.deterministic,
                               dtype=setup.decode_dtype(config.rollout.dtype, learner))
+    teachers = load_teachers(config, found, inputs, device)
     meet_servers(config, files_of(config, found), config.teaching_temperature)
     if not resume:
-        _compare(config, found, inputs, student, learner, console)
-    return _carry_out(config, train, found, inputs, (learner, student), console, resume=resume, overwrite=overwrite)
+        _compare(config, found, inputs, student, teachers, console)
+    with open_run(config, "distill", console, total=train.max_steps, resume=resume, overwrite=overwrite,
+                  show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
+        staff = hire_staff(config, found, inputs, learner, run.folder / ANSWERS, teachers)
+        try:
+            run.at_end(partial(staff.tell, run))
+            work = Distillation(config, inputs, staff, learner, student)
+            module, optimizer = staff.pupil(model, config)
+            state = setup.restore(run, module, train, _identity(config, found, inputs), resume, optimizer)
+            return setup.carry_out(run, work, state, train_config=train, evaluates=bool(inputs.held_out),
+                                   save=partial(save_model, model, inputs.tokenizer))
+        finally:
+            staff.close()
 
 
 def guarded_train(config: DistillConfig, inputs: Inputs) -> TrainConfig:
@@ -125,23 +143,6 @@ def guarded_train(config: DistillConfig, inputs: Inputs) -> TrainConfig:
     if guard is None:
         return config.train
     return guarded(config.train, guard, evaluates=bool(inputs.held_out and inputs.rewards))
-
-
-def _carry_out(config: DistillConfig, train: TrainConfig, found: Setup, inputs: Inputs,
-               pupil: tuple[Learner, Policy], console: Console, *, resume: bool, overwrite: bool) -> dict:
-    learner, student = pupil
-    with open_run(config, "distill", console, total=train.max_steps, resume=resume, overwrite=overwrite,
-                  show=lambda step, result: completions_of(step, result, inputs.tokenizer)) as run:
-        staff = hire_staff(config, found, inputs, learner, run.folder / ANSWERS)
-        try:
-            run.at_end(partial(staff.tell, run))
-            work = Distillation(config, inputs, staff, learner, student)
-            module, optimizer = staff.pupil(learner.model, config)
-            state = setup.restore(run, module, train, _identity(config, found, inputs), resume, optimizer)
-            return setup.carry_out(run, work, state, train_config=train, evaluates=bool(inputs.held_out),
-                                   save=partial(save_model, learner.model, inputs.tokenizer))
-        finally:
-            staff.close()
 
 
 def _writer(config: DistillConfig, found: Setup, inputs: Inputs) -> Writer:
@@ -153,9 +154,12 @@ def _writer(config: DistillConfig, found: Setup, inputs: Inputs) -> Writer:
     return replace(writer, facts={**writer.facts, "teacher_tokenizer": fingerprint(found.teachers[0].tokenizer)})
 
 
-def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Policy, learner: Learner,
+def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Policy, loaded: Mapping[str, Teacher],
              console: Console) -> None:
-    """Held-out problems, answered by the student and by each teacher that can answer them; worse ones are told of."""
+    """Held-out problems, answered by the student and by each teacher that can answer them; worse ones are told of.
+
+    Those that are not `loaded` are read for this, and given back.
+    """
     if not (config.compare_problems and inputs.rewards and inputs.held_out):
         return
     left_out = []
@@ -165,7 +169,8 @@ def _compare(config: DistillConfig, found: Setup, inputs: Inputs, student: Polic
         if reason is not None:
             left_out.append(f"{teacher.name} ({reason})")
             continue
-        model = load_model(teacher.model, next(learner.model.parameters()).device)
+        model = loaded[teacher.name].model if loaded else load_model(teacher.model, next(
+            student.model.parameters()).device)
         size = model.config.get_text_config().vocab_size
         policy = setup.policy_of(model, files.tokenizer, setup.shared_vocabulary(size, size, files.tokenizer))
         theirs = _solved(policy, problems[:config.compare_problems], inputs, config.eval)

@@ -142,9 +142,17 @@ class Staff:
             one.server.close()
 
 
-def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Learner, journals: Path) -> Staff:
-    """All teachers, their weights loaded, their servers checked. ConfigError where one cannot do what is asked."""
-    hiring = Hiring(config, inputs, learner, journals)
+def load_teachers(config: DistillConfig, found: Setup, inputs: Inputs, device: torch.device) -> dict[str, Teacher]:
+    """By name, the teachers that stay beside the learner; DataError where weights cannot be read."""
+    return {t.name: _load(t, device, _size(files, inputs))
+            for t, files in zip(config.staff, files_of(config, found), strict=True)
+            if t.path is not None and config.panel.resident == "all"}
+
+
+def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Learner, journals: Path,
+               loaded: Mapping[str, Teacher]) -> Staff:
+    """All teachers at work, those `loaded` among them; servers are checked. ConfigError: not what was configured."""
+    hiring = Hiring(config, inputs, learner, journals, loaded)
     members = [hiring.member(t, files) for t, files in zip(config.staff, files_of(config, found), strict=True)]
     guard = config.guarding
     if guard is not None and guard.kl_to_start:
@@ -154,8 +162,8 @@ def hire_staff(config: DistillConfig, found: Setup, inputs: Inputs, learner: Lea
     panel = Panel(members, config.panel.combine, student)
     hidden = None
     if config.hidden is not None:
-        (loaded,) = hiring.loaded
-        hidden = Layers(hire_layers(learner.model, loaded.model, config.hidden, config.train.seed))
+        (teacher,) = loaded.values()
+        hidden = Layers(hire_layers(learner.model, teacher.model, config.hidden, config.train.seed))
     return Staff(panel=panel, averages=tuple(hiring.averages), servers=tuple(hiring.servers), hidden=hidden,
                  tutoring=tuple(hiring.tutoring), writer=hiring.writer(),
                  shows_states=any(m.seat.signal == "chunk_debiased" for m in members),
@@ -176,10 +184,10 @@ class Hiring:
     inputs: Inputs
     learner: Learner
     journals: Path
+    loaded: Mapping[str, Teacher]
     averages: list[Ema] = field(default_factory=list)
     servers: list[Served] = field(default_factory=list)
     tutoring: list[Tutoring] = field(default_factory=list)
-    loaded: list[Teacher] = field(default_factory=list)
 
     def member(self, teacher: TeacherConfig, files: ModelFiles | None, *, anchor: Divergence | None = None) -> Member:
         """One teacher, ready to work; anchor: one that holds the student back by this divergence, beside the loss."""
@@ -199,7 +207,7 @@ class Hiring:
         """The one teacher, as a policy, where it writes too."""
         if not self.config.rollout.num_teacher_generations:
             return None
-        return setup.policy_of(self.loaded[0].model, self.inputs.tokenizer, self.inputs.vocab,
+        return setup.policy_of(next(iter(self.loaded.values())).model, self.inputs.tokenizer, self.inputs.vocab,
                                exact=self.config.train.deterministic)
 
     @property
@@ -225,12 +233,10 @@ class Hiring:
             return mind
         if teacher.ema is not None:
             return Resident(self._itself(teacher.ema))
-        size = max(files.tokenizer.get_vocab().values()) + 1 if files.translated else self.inputs.vocab
-        load = partial(_load, teacher, self._device, size)
-        if self.config.panel.resident == "one":
-            return Visitor(load, self.learner.tokens_per_micro_batch)
-        self.loaded.append(load())
-        return Resident(self.loaded[-1])
+        if teacher.name in self.loaded:
+            return Resident(self.loaded[teacher.name])
+        load = partial(_load, teacher, self._device, _size(files, self.inputs))
+        return Visitor(load, self.learner.tokens_per_micro_batch)
 
     def _itself(self, decay: float) -> Teacher:
         model = self.learner.model
@@ -282,6 +288,11 @@ def retriever_of(privilege: PrivilegeConfig) -> Callable | None:
         return tuple(retriever.texts(query, k))
 
     return found
+
+
+def _size(files: ModelFiles, inputs: Inputs) -> int:
+    """Of the teacher's head: its own tokenizer's ids, or those that it shares with the student."""
+    return max(files.tokenizer.get_vocab().values()) + 1 if files.translated else inputs.vocab
 
 
 def _load(teacher: TeacherConfig, device: torch.device, vocab: int) -> Teacher:
