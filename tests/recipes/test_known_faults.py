@@ -129,8 +129,6 @@ Cost
     recipes/test_known_faults.py::test_gradient_checkpointing_costs_sampling_nothing
 """
 
-import importlib
-import re
 from pathlib import Path
 
 import pytest
@@ -138,7 +136,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.recipes import tiny
+from tests.recipes import faults, tiny
 from tests.train.tiny import EOS, VOCAB, rollout
 from tinyr2.models.decode import Decoder
 from tinyr2.rollouts.engine import decode_all
@@ -147,27 +145,19 @@ from tinyr2.rollouts.sampling import SamplingConfig
 from tinyr2.train.credit import KlConfig
 from tinyr2.train.step import Learner, score
 
-LISTED = re.findall(r"^    (\S+)\.py::(\w+)$", __doc__, re.MULTILINE)
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     return tiny.make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("file, name", dict.fromkeys(LISTED))
+@pytest.mark.parametrize("file, name", faults.guards_of(__doc__))
 def test_the_test_that_guards_a_fault_exists(file, name):
-    module = importlib.import_module("tests." + file.replace("/", "."))
-    assert callable(getattr(module, name))
+    faults.assert_exists(file, name)
 
 
 def test_every_fault_names_its_guards():
-    lines = [line for line in __doc__.splitlines() if line]
-    faults = [i for i, line in enumerate(lines) if re.match(r"  \S", line)]
-    assert len(faults) == 40
-    for i in faults:
-        assert lines[i].endswith(":") and "::" in lines[i + 1]
-    assert len(LISTED) == sum("::" in line for line in lines)
+    faults.assert_listed(__doc__, 40)
 
 
 def test_an_answer_ends_at_its_first_end_token_and_answers_differ_in_length(world):

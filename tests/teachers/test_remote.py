@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tests.fake_server import Chaos, FakeServer, distribution, truth
+from tests.fake_server import Chaos, FakeServer, distribution, ids_of, truth
 from tests.teachers.served import ENGINES, SEQUENCES, Always, config, hired, logps, right
 from tinyr2.core.errors import ConfigError, DataError, RunError
 from tinyr2.teachers.remote import RemoteTeacher, Said, ServerConfig
@@ -32,6 +32,20 @@ def test_each_protocol_gives_the_log_prob_of_each_response_token(server, tokeniz
     assert (account.requests, account.succeeded, account.unsaid, account.not_finite) == (41, 41, 1, 0)
     assert account.tokens == sum(len(p) + len(r) for p, r in sequences)
     assert account.balanced and 0 < account.busy_seconds <= account.seconds
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_server_is_asked_to_write_next_to_nothing_and_to_say_no_more_than_is_read(server, tokenizer, engine):
+    teacher = hired(server, tokenizer, engine)
+    teacher.score([((1, 2, 3, 4), (5, 6)), ((), (3, 4))])
+    told = sorted(server.scored(), key=lambda body: -len(ids_of(body)))
+    assert [ids_of(body) for body in told] == [(1, 2, 3, 4, 5, 6), (3, 4)]
+    for body, start in zip(told, (3, 0), strict=True):
+        if engine == "sglang":  # says nothing of the first it reports, so one token of the prompt more
+            assert (body["sampling_params"]["max_new_tokens"], body["top_logprobs_num"]) == (0, 0)
+            assert body["logprob_start_len"] == start
+        else:
+            assert (body["max_tokens"], body.get("prompt_logprobs", 0), body.get("logprobs", 1)) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

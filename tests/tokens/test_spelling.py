@@ -45,6 +45,18 @@ def test_any_bytes_round_trip(spelling, text):
     assert encoded.lost == () and again == text and ends.tolist() == encoded.ends.tolist()
 
 
+@pytest.mark.parametrize("kind", ["bytes", "gpt2"])
+def test_the_letter_of_a_byte_is_read_as_that_byte(kind):
+    tokenizer, cut = makers.tokenizer_of(kind), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelling, seen = Spelling.of(tokenizer), set()
+    for code in {*range(0x800), *range(0x800, 0x110000, 0x40)} - {*range(0xD800, 0xE000)}:
+        letters = "".join(word for word, _ in cut.pre_tokenize_str(chr(code)))
+        for letter, byte in zip(letters, chr(code).encode(), strict=True):
+            assert spelling.pieces[tokenizer.convert_tokens_to_ids(letter)] == bytes([byte])
+            seen.add(byte)
+    assert len(seen) == 243  # all that UTF-8 has
+
+
 def test_ids_read_as_they_are_decoded(known):
     (tokenizer, spelling), rng = known, random.Random(0)
     for _ in range(300):

@@ -159,6 +159,14 @@ def test_only_the_bytes_of_another_way_to_cut_count():
     assert told(said.spans) == ([0, 0, 0, 1], [0, 1])
 
 
+def test_numbers_that_one_side_writes_as_one_token_are_in_spans_on_both():
+    joined, single = makers.of_pieces("345", "12", "+", "=", "3"), makers.of_pieces(*"12345+=")
+    assert aligned(single, joined, "12+345=3") == (
+        ["12", "+", "345", "=", "3"], [0, 0, 1, 2, 2, 2, 3, 4], [0, 1, 2, 3, 4], 0)
+    assert aligned(joined, single, "12+345=3") == (
+        list("12+345=3"), [0, 1, 2, 3, 4], [0, 0, 1, 2, 2, 2, 3, 4], 0)
+
+
 def test_the_end_of_an_answer_pairs_with_the_teacher_s_and_a_cut_answer_has_none():
     student, teacher = makers.sentencepiece(), makers.byte_level()
     assert aligned(student, teacher, "the", "<|im_end|>") == (["the", "<|im_end|>"], [0, 1], [0, 1], 0)

@@ -117,6 +117,16 @@ def test_metrics_tell_the_teachers_apart():
     assert teacher_metrics(scores) == pytest.approx({n: x / scores.facts[n][1] for n, x in sums.items()})
 
 
+def test_no_teacher_is_lost_whatever_it_is_called():
+    names = ("teacher_model", "teacher", "default")
+    called = [member(seed, weight=w, name=n) for seed, w, n in zip((1, 2, 3), (0.3, 0.7, 1.1), names, strict=True)]
+    numbered = [member(seed, weight=w) for seed, w in zip((1, 2, 3), (0.3, 0.7, 1.1), strict=True)]
+    found, expected = learn(called, ROLLOUTS), learn(numbered, ROLLOUTS)
+    same(found, expected, atol=0.0)
+    assert [*teacher_metrics(found[0])] == [f"teacher/{name}/kl" for name in names]
+    assert [*teacher_metrics(found[0]).values()] == [*teacher_metrics(expected[0]).values()]
+
+
 def test_the_kl_is_known_where_some_answers_have_no_teacher():
     scores, _ = learn(routed(), tasked(TASKS))
     assert score_metrics(scores)["kl"] == pytest.approx(scores.loss, rel=1e-9)

@@ -106,7 +106,8 @@ def check_prompts_alike(part: Part, student: PreTrainedTokenizerBase,
         if not same:
             yield Finding("warn", "teacher.prompts", f"the teacher reads prompts as the student's tokenizer and chat "
                           f"template write them, not as its own would (first: {problem.id})",
-                          "give both folders one chat_template.jinja, unless the teacher was trained on the student's")
+                          "set teacher.prompt=own (`tinyr2 distill`), or give both folders one chat_template.jinja, "
+                          "unless the teacher was trained on the student's")
             return
 
 
