@@ -26,6 +26,7 @@ import tinyr2.tokens.translate as translate  # noqa: E402
 from tinyr2.core.types import Message  # noqa: E402
 
 BATCH = 80_000
+W2 = 64, 109  # answers of one step of that workload, and their mean length
 SHARED = Path(os.environ.get("TINYR2_SHARED", "../shared"))
 
 
@@ -56,17 +57,19 @@ class Watch:
         return SimpleNamespace(encode_batch_fast=self.over(ids), encode_batch=self.over(offsets))
 
 
-def answers(student: AutoTokenizer, length: int) -> list[tuple[tuple[Message, ...], translate.Answer]]:
-    """About BATCH tokens in answers of one length; eight answers share a question."""
+def answers(student: AutoTokenizer, length: int,
+            count: int | None = None) -> list[tuple[tuple[Message, ...], translate.Answer]]:
+    """`count` answers of one length, or about BATCH tokens of them; eight answers share a question."""
     rows = [json.loads(line) for line in (SHARED / "data" / "gsm8k_test.jsonl").open(encoding="utf-8")]
     ids = [i for row in rows for i in student.encode(row["answer"], add_special_tokens=False)]
-    count = max(1, BATCH // length)
+    count = count or max(1, BATCH // length)
     return [((Message("user", rows[k // 8 % len(rows)]["question"]),),
              translate.Answer((*ids[k * length:(k + 1) * length - 1], student.eos_token_id), ()))
             for k in range(count)]
 
 
-def measure(student: AutoTokenizer, teacher: AutoTokenizer, length: int, repeats: int) -> dict[str, float]:
+def measure(student: AutoTokenizer, teacher: AutoTokenizer, length: int, repeats: int,
+            count: int | None = None) -> dict[str, float]:
     """Student tokens a second, whole and without the tokenizers' own time."""
     watch = Watch()
     translator = translate.Translator(student, teacher)
@@ -75,7 +78,7 @@ def measure(student: AutoTokenizer, teacher: AutoTokenizer, length: int, repeats
     going_on = watch.over_backend(own._going_on) if own.prefixes else opening
     translator.teacher = replace(own, _opening=opening, _going_on=going_on)
     translate.render_prompt, kept = watch.over(translate.render_prompt), translate.render_prompt
-    items, whole, alone = answers(student, length), [], []
+    items, whole, alone = answers(student, length, count), [], []
     tokens = sum(len(answer.response_ids) for _, answer in items)
     translator.translate_all(items)
     for _ in range(repeats):
@@ -97,8 +100,9 @@ def main() -> None:
     args = parser.parse_args()
     student, teacher = (AutoTokenizer.from_pretrained(folder) for folder in (args.student, args.teacher))
     by_length = {length: measure(student, teacher, length, args.repeats) for length in (40, 400, 4000)}
+    step = measure(student, teacher, W2[1], args.repeats, count=W2[0])
     print(json.dumps({"student": Path(args.student).name, "teacher": Path(args.teacher).name, "cores": 1,
-                      "repeats": args.repeats, "length": by_length}))
+                      "repeats": args.repeats, "length": by_length, "W2_step": step}))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_in_chaos_a_run_finishes_and_its_account_balances(world, tmp_path):
     told = account(run)
     assert run.result["ending"] == "finished" and told["asked"] == 48
     assert told["retried"] > 0 and sum(n for fate, n in fake.struck.items() if fate != "fine") > 10
-    assert sum(run.column("teacher/teacher/failed")) == told["failed"]
+    assert 16 * sum(run.column("teacher/teacher/failed")) == told["failed"]
     assert all(math.isfinite(x) for x in run.column("loss"))
 
 
@@ -245,9 +245,9 @@ def test_an_answer_that_the_server_refuses_has_no_opinion_and_is_counted(world, 
     for step, row in zip(run.steps, run.rows, strict=True):
         refused = [r for r in step.rollouts if sum(r.prompt_ids + r.response_ids) % 3 == 0]
         tokens = sum(len(r.response_ids) for r in step.rollouts)
-        assert row["teacher/teacher/failed"] == len(refused)
+        assert row["teacher/teacher/failed"] == len(refused) / 8
         assert row["teacher/teacher/unknown"] == pytest.approx(sum(len(r.response_ids) for r in refused) / tokens)
-    assert 0 < account(run)["failed"] == sum(run.column("teacher/teacher/failed"))
+    assert 0 < account(run)["failed"] == 8 * sum(run.column("teacher/teacher/failed"))
 
 
 def test_lists_leave_out_the_answers_that_the_server_refuses(world, server, tmp_path):

@@ -162,6 +162,18 @@ def test_errored_rollouts_over_5_percent_warn():
     assert after_health(*[{"rollouts/errored_ratio": 0.05}] * 9) == []
 
 
+@pytest.mark.parametrize(("metrics", "expected"), [
+    ({"teacher/far/failed": 0.06}, [("unheard_teacher", "warn", 3)]),
+    ({"teacher/far/failed": 0.05}, []),
+    ({"teacher/near/failed": 0.0, "teacher/far/failed": 0.99}, [("unheard_teacher", "critical", 3)]),
+    ({"teacher/near/unread": 1.0}, [("unheard_teacher", "warn", 3)]),
+    ({"teacher/near/unread": 0.9}, []),  # a privileged teacher whom there is mostly nothing to show
+])
+def test_a_teacher_that_cannot_be_heard_is_told_of(metrics, expected):
+    found = after_health(*[metrics] * 5)
+    assert brief(found) == expected and not any(a.stop for a in found)
+
+
 def test_an_alarm_is_silent_while_it_lasts_and_returns_only_after_it_cleared():
     bad = {"completions/clipped_ratio": 0.6}
     assert brief(after_health(*[bad] * 9, {}, {}, *[bad] * 9)) == [("truncation", "warn", 3)]  # two good: not cleared

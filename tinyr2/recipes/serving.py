@@ -45,7 +45,7 @@ class Served:
         return said
 
     def step(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Since the last call: for the metrics the answers without an opinion; for the clock, what the net did.
+        """Since the last call: for the metrics the share of answers without an opinion; for the clock what the net did.
 
         The second of the two differs from run to run, as retries, answers known already and seconds do.
         """
@@ -56,7 +56,8 @@ class Served:
                f"{name}/from_journal": now.from_journal - before.from_journal}
         if now.seconds > before.seconds:
             net[f"{name}/busy_share"] = (now.busy_seconds - before.busy_seconds) / (now.seconds - before.seconds)
-        return {f"{name}/failed": float(now.failed - before.failed)}, net
+        asked = now.asked - before.asked
+        return {f"{name}/failed": (now.failed - before.failed) / asked} if asked else {}, net
 
     def tell(self, run: Run) -> None:
         """The whole run's account, on the console and as an event."""
