@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tinyr2.core.answers import Answers, key_of
+from tinyr2.core.answers import key_of
+from tinyr2.core.correspondent import Correspondent
 from tinyr2.core.errors import DataError, RunError, UserError
-from tinyr2.core.ledger import Accounting
-from tinyr2.core.net import TRANSIENT, Client, Fault, Request
+from tinyr2.core.net import TRANSIENT, Fault, Request
 from tinyr2.core.net_check import check_model, find_version
 from tinyr2.core.net_config import NetConfig
 from tinyr2.core.rng import derive
@@ -40,25 +40,12 @@ class _Written:
     tokens: int
 
 
-class RemoteWriter:
+class RemoteWriter(Correspondent):
     """A served model that writes."""
 
     def __init__(self, config: ChatConfig, journal: Path | None) -> None:
+        super().__init__(config, journal)
         self.config = config
-        self.version: str | None = None  # of the server, where it says one
-        self._client = Client(config)
-        self._answers = Answers(journal)
-        self._client.spent_before, self._client.asked_before = self._answers.tokens, len(self._answers)
-
-    @property
-    def accounting(self) -> Accounting:
-        """What was asked since this writer was made, and what became of it."""
-        return self._client.accounting
-
-    def close(self) -> None:
-        """Give connections and journal back."""
-        self._client.close()
-        self._answers.close()
 
     def check(self) -> None:
         """ConfigError where nobody answers, or the server lists its models and the configured one is not there."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tinyr2.core.answers import Answers, key_of
+from tinyr2.core.answers import key_of
+from tinyr2.core.correspondent import Correspondent
 from tinyr2.core.errors import ConfigError, RunError, UserError
-from tinyr2.core.ledger import Accounting
-from tinyr2.core.net import TRANSIENT, Client, Fault, Request
+from tinyr2.core.net import TRANSIENT, Fault, Request
 from tinyr2.core.net_check import check_model, find_version
 from tinyr2.teachers.remote_check import (
     Probe,
@@ -31,31 +31,18 @@ __all__ = ["RemoteTeacher", "Said", "ServerConfig"]
 _BATCH = 64  # answers that are confirmed by one probe and written with one fsync
 
 
-class RemoteTeacher:
+class RemoteTeacher(Correspondent):
     """A served model that scores; `check` comes before the first `score`."""
 
     def __init__(self, config: ServerConfig, journal: Path | None) -> None:
+        super().__init__(config, journal)
         self.config = config
-        self.version: str | None = None  # of the server, where it says one
-        self._client = Client(config)
         self._client.reconnecting = self._reconnecting
-        self._answers = Answers(journal)
-        self._client.spent_before, self._client.asked_before = self._answers.tokens, len(self._answers)
         self._probing = threading.Lock()
         self._question: Question | None = None
         self._temperature = 1.0
         self._weights: Probe | None = None  # the probe's log-probs under the weights that this journal is about
         self._confirmed = float("-inf")  # the clock at which a probe last showed them
-
-    @property
-    def accounting(self) -> Accounting:
-        """What was asked since this teacher was made, and what became of it."""
-        return self._client.accounting
-
-    def close(self) -> None:
-        """Give connections and journal back."""
-        self._client.close()
-        self._answers.close()
 
     def check(self, tokenizer: PreTrainedTokenizerBase, temperature: float) -> None:
         """Make sure of the server: it answers, has the model and the tokenizer, and gives log-probs at `temperature`.
