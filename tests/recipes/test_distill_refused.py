@@ -51,6 +51,9 @@ def world(tmp_path_factory) -> Path:
     (["method=data"], "method: data and data_distillation belong together"),
     (["teacher.privilege={shows: [answr]}"], "shows"),
     (["teacher.weight=-1"], "greater than or equal to 0"),
+    (["teacher.weight=0"], "every teacher's weight is 0, so nobody teaches"),
+    (["teacher.privilege={shows: [success]}", DIGITS], "set rollout.num_generations to 2 or more"),
+    (["teacher.privilege={shows: [success]}", "rollout.num_generations=2"], "and give rewards that say what is right"),
     (["teacher.wieght=1"], "did you mean 'weight'"),
 ])
 def test_choices_that_contradict_each_other_are_told_apart_with_a_cure(changes, message, world, tmp_path):

@@ -241,6 +241,12 @@ class DistillConfig(Config):
              "privilege and prompt: own, or take kd.by: fixed or linear"),
         ]
 
+    def _finds_no_success(self, teacher: TeacherConfig) -> bool:
+        """Whether it is shown right answers alone, and none can ever be there."""
+        shown = teacher.privilege
+        alone = self.rollout.num_generations < 2 and not (shown and shown.own_success)
+        return shown is not None and set(shown.shows) == {"success"} and (alone or not self.rewards)
+
     def _other_ways(self) -> list[tuple[bool, str]]:
         staff = self.staff
         plain = len(staff) == 1 and staff[0].path is not None and staff[0].privilege is None
@@ -254,6 +260,10 @@ class DistillConfig(Config):
              "panel.resident=all"),
             (self.panel.combine != "sum" and skips, f"panel.combine: {self.panel.combine} blends teachers that all "
              "judge the same answers; set privilege.without=plain, or panel.combine=sum"),
+            (bool(staff) and not any(t.weight or t.weight_end for t in staff), "every teacher's weight is 0, so nobody "
+             "teaches; give one a weight"),
+            (any(self._finds_no_success(t) for t in staff), "privilege.shows: [success] shows another right answer of "
+             "the group; set rollout.num_generations to 2 or more and give rewards that say what is right"),
             (any(t.name == "start" for t in staff), "a teacher cannot be called start: that is the guard's own, the "
              "student as it began; choose another name"),
             (not data and any(t.chat is not None for t in staff),
